@@ -87,9 +87,7 @@ ARMS: dict[str, Arm] = {
     "label_smoothing": Arm("Label smoothing 0.2", teacher="uniform", temperature=1.0, alpha=0.2),
     "untuned_teacher": Arm("Untuned teacher", teacher="untuned", temperature=2.0, alpha=0.9),
     "tuned_teacher": Arm("Tuned teacher", teacher="tuned", temperature=2.0, alpha=0.9),
-    "transfer_set": Arm(
-        "Tuned teacher + transfer set", teacher="tuned", temperature=2.0, alpha=0.9, transfer=True
-    ),
+    "transfer_set": Arm("Tuned teacher + transfer set", teacher="tuned", temperature=2.0, alpha=0.9, transfer=True),
     "more_labels": Arm("Baseline with 4 × the labels", labels=4),
 }
 
@@ -206,9 +204,7 @@ def predict_and_evaluate(
     }
 
 
-def latency(
-    model: nn.Module, batches: Iterable[Batch], precision: torch.dtype = torch.float32
-) -> dict[str, float]:
+def latency(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype = torch.float32) -> dict[str, float]:
     """Milliseconds a batch takes: `p50` and `p95` over the batches. Batches of one text give the usual latency."""
     device = next(model.parameters()).device
     batches = list(batches)
@@ -352,9 +348,7 @@ def paired_over_texts(comparison: dict[str, Any], *, reference: str = BASELINE) 
 
 def stored_comparison() -> dict[str, Any]:
     """The full comparison that comes with the course, made by `make results`."""
-    return json.loads(
-        importlib.resources.files("kd_helpers").joinpath("results/comparison.json").read_text("utf-8")
-    )
+    return json.loads(importlib.resources.files("kd_helpers").joinpath("results/comparison.json").read_text("utf-8"))
 
 
 def format_table(comparison: dict[str, Any]) -> str:

@@ -38,9 +38,7 @@ def title(path: Path) -> str:
 
 def repository() -> str:
     """The address the badges point to, from pyproject.toml."""
-    found = re.search(
-        r'^Repository = "https://github.com/(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-    )
+    found = re.search(r'^Repository = "https://github.com/(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert found, "pyproject.toml has no [project.urls] Repository on github.com"
     return found[1]
 
@@ -115,9 +113,7 @@ def store(paths: Sequence[Path]) -> None:
         refresh(notebook, path)
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
         without_bars(notebook)
-        if loud := [
-            cell for cell in notebook.cells if any(o.get("name") == "stderr" for o in cell.get("outputs", []))
-        ]:
+        if loud := [cell for cell in notebook.cells if any(o.get("name") == "stderr" for o in cell.get("outputs", []))]:
             raise RuntimeError(f"{path.name} writes to stderr: {loud[0].outputs}")
         artifacts.write_text(path, nbformat.writes(notebook) + "\n")
 
@@ -133,9 +129,7 @@ def run(paths: Sequence[Path], folder: Path) -> None:
         notebook = without_bars(nbformat.read(target, as_version=4))
         artifacts.write_text(target.with_suffix(".html"), to_html(notebook, title(path)))
         rows.append(f'<li><a href="{target.stem}.html">{title(path)}</a></li>')
-    index = (
-        f"<!doctype html><meta charset=utf-8><title>The course</title><h1>The course</h1><ol>{''.join(rows)}</ol>"
-    )
+    index = f"<!doctype html><meta charset=utf-8><title>The course</title><h1>The course</h1><ol>{''.join(rows)}</ol>"
     artifacts.write_text(folder / "index.html", index)
 
 

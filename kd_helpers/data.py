@@ -100,9 +100,7 @@ def packaged_file(package: str, relative: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"the pip package {package!r} is not installed; run `pip install -r requirements.txt`."
-        )
+        raise FileNotFoundError(f"the pip package {package!r} is not installed; run `pip install -r requirements.txt`.")
     return Path(spec.submodule_search_locations[0]) / relative
 
 

@@ -68,9 +68,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 def load_saved(folder: Path) -> PreTrainedModel:
     """A classifier that this course saved, from safetensors, in eval mode."""
     with _quiet_transformers():
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32
-        )
+        return AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
 
 
 def load_teacher(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:
@@ -106,9 +104,7 @@ def copy_layers(teacher: PreTrainedModel, layers: Sequence[int], *, seed: int) -
     """
     depth = teacher.config.num_hidden_layers
     if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(
-            f"layers are {tuple(layers)}; the teacher has layers 0 to {depth - 1}, name at least one."
-        )
+        raise ValueError(f"layers are {tuple(layers)}; the teacher has layers 0 to {depth - 1}, name at least one.")
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(layers)
     student = _fresh(type(teacher), config, seed)
@@ -152,9 +148,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _fresh(
-    model_class: type[PreTrainedModel], config: transformers.PretrainedConfig, seed: int
-) -> PreTrainedModel:
+def _fresh(model_class: type[PreTrainedModel], config: transformers.PretrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model_class(config)

@@ -57,9 +57,7 @@ def ask(teacher: nn.Module, batch: dict[str, torch.Tensor], precision: torch.dty
         ValueError: the teacher is in train mode, where dropout makes its answers random.
     """
     if teacher.training:
-        raise ValueError(
-            "the teacher is in train mode, so dropout changes its answers; call freeze(teacher) first."
-        )
+        raise ValueError("the teacher is in train mode, so dropout changes its answers; call freeze(teacher) first.")
     inputs = model_inputs(teacher, batch)
     device = next(iter(inputs.values())).device
     with torch.no_grad(), autocast(device, precision):

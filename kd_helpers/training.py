@@ -137,9 +137,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype =
     return Predictions(torch.cat(ids)[order], torch.cat(logits)[order], torch.cat(labels)[order])
 
 
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], precision: torch.dtype = torch.float32
-) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype = torch.float32) -> dict[str, float]:
     """Accuracy, macro recall, macro F1, NLL and ECE of a model on labelled batches."""
     predictions = predict(model, batches, precision)
     return classification_metrics(predictions.logits, predictions.labels)
@@ -253,9 +251,7 @@ def _counted(batches: Iterable[Batch], bar: tqdm) -> Iterable[Batch]:
         bar.update()
 
 
-def fine_tuned_teacher(
-    config: DistillConfig, data: DataSplits, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The preset's teacher, fine-tuned on its labelled texts and frozen.
 
     It is fine-tuned once and found again in `artifacts/` by every later notebook and run: nothing of the
