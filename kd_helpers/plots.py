@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import matplotlib.pyplot as plt
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from kd_helpers.comparison import ARMS, mean_interval, summary
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -81,3 +84,35 @@ def label_line_end(axes: Axes, text: str, *, colour: str, line: int = -1, dy: fl
     """
     x, y = axes.lines[line].get_xydata()[-1]
     axes.annotate(text, (x, y), xytext=(6, dy), textcoords="offset points", color=colour, va="center")
+
+
+def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:
+    """Accuracy, NLL and ECE of every arm: each seed a tick, the mean a dot, its 95% interval a bar.
+
+    Args:
+        comparison: what `kd_helpers.comparison.compare` returns.
+
+    Returns:
+        The figure, and its description for those who can't see it.
+    """
+    teacher = comparison["teachers"]["tuned"]
+    arms = list(comparison["arms"])
+    panels = {"accuracy": "Accuracy (higher is better)", "nll": "NLL (lower is better)", "ece": "ECE (lower is better)"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 4), sharey=True)
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        for row, arm in enumerate(arms):
+            values = [run[metric] for run in comparison["runs"] if run["arm"] == arm]
+            mean, low, high = mean_interval(values)
+            axis.plot([low, high], [row, row], color=COLOURS[arm], linewidth=3, alpha=0.5)
+            axis.plot(values, [row] * len(values), "|", color=COLOURS[arm], markersize=11)
+            axis.plot(mean, row, "o", color=COLOURS[arm], markersize=8)
+        axis.axvline(teacher[metric], color=COLOURS["teacher"], linestyle=":")
+        axis.set_title(title)
+    axes[0].text(teacher["accuracy"], -0.7, "teacher ", color=COLOURS["teacher"], ha="right", va="center")
+    axes[0].set_yticks(range(len(arms)), [ARMS[arm].title for arm in arms])
+    axes[0].set_ylim(len(arms) - 0.5, -1)
+    described = [
+        f"{title}: accuracy {row['accuracy']:.3f}, NLL {row['nll']:.2f}, ECE {row['ece']:.3f}"
+        for title, row in summary(comparison).iterrows()
+    ]
+    return figure, f"Teacher: accuracy {teacher['accuracy']:.3f}; " + "; ".join(described)

@@ -12,8 +12,8 @@ import hashlib
 from pathlib import Path
 
 import datasets
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -93,10 +93,11 @@ def cached_logits(
         for batch in tqdm(evaluation_batches(tokenized, tokenizer), desc="Asking the teacher", leave=False):
             ids.append(batch["id"])
             logits.append(ask(teacher, batch, precision).cpu())
-        save_file({"ids": torch.cat(ids), "logits": torch.cat(logits)}, target / "logits.safetensors")
+        safetensors.torch.save_file({"ids": torch.cat(ids), "logits": torch.cat(logits)}, target / "logits.safetensors")
 
     artifacts.get_or_build(folder, compute)
-    stored = load_file(folder / "logits.safetensors")
+    # Read into memory: a mapped file would change under us if it were damaged or replaced later.
+    stored = safetensors.torch.load((folder / "logits.safetensors").read_bytes())
     return TeacherLogits(stored["ids"], stored["logits"])
 
 

@@ -218,13 +218,14 @@ def train(
     steps = config.max_steps or config.epochs * len(batches)
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = make_scheduler(optimizer, steps=steps, warmup_ratio=config.warmup_ratio)
-    history = []
+    history: list[dict[str, Any]] = []
+    done = 0
     with tqdm(total=steps, desc=description, unit="step", leave=False) as bar:
         for epoch in range(math.ceil(steps / len(batches))):
             batches.batch_sampler.set_epoch(epoch)
             losses = distill_epoch(
                 model,
-                _counted(itertools.islice(batches, steps - bar.n), bar),
+                _counted(itertools.islice(batches, steps - done), bar),
                 optimizer,
                 scheduler,
                 temperature=config.temperature,
@@ -232,12 +233,13 @@ def train(
                 precision=precision,
                 max_grad_norm=config.max_grad_norm,
             )
+            done += len(losses.total)
             metrics = evaluate(model, validation, precision)
             bar.set_postfix(validation=f"{metrics['accuracy']:.1%}")
             history.append(
                 {
                     "epoch": epoch + 1,
-                    "step": bar.n,
+                    "step": done,
                     "losses": {name: values.tolist() for name, values in losses._asdict().items()},
                     "validation": metrics,
                 }

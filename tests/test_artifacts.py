@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from kd_helpers import artifacts
+
+
+def test_the_folder_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "mine"))
+    assert artifacts.artifacts_dir() == tmp_path / "mine"
+    monkeypatch.delenv("KD_ARTIFACTS")
+    assert artifacts.artifacts_dir().name == "artifacts"
+
+
+def test_fingerprint_follows_the_content_alone():
+    one = artifacts.fingerprint({"a": 1, "b": [2.0, "x"]})
+    assert one == artifacts.fingerprint({"b": [2.0, "x"], "a": 1})
+    assert one != artifacts.fingerprint({"a": 1, "b": [2.5, "x"]})
+    assert len(one) == 16
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def fail(target: Path) -> None:
+        (target / "half.txt").write_text("half")
+        raise RuntimeError("the power went out")
+
+    with pytest.raises(RuntimeError, match="power"):
+        artifacts.get_or_build(tmp_path / "thing", fail)
+    assert [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_built_once_and_found_again(tmp_path):
+    built = []
+
+    def build(target: Path) -> None:
+        built.append(1)
+        (target / "a.txt").write_text("whole")
+
+    assert artifacts.get_or_build(tmp_path / "thing", build) is False
+    assert artifacts.get_or_build(tmp_path / "thing", build) is True
+    assert built == [1]
+
+
+def test_an_added_file_counts_as_damage(tmp_path):
+    artifacts.write_folder(tmp_path / "thing", lambda target: (target / "a.txt").write_text("whole"))
+    assert artifacts.is_intact(tmp_path / "thing")
+    (tmp_path / "thing" / "b.txt").write_text("stranger")
+    assert not artifacts.is_intact(tmp_path / "thing")
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    artifacts.write_folder(tmp_path / "thing", lambda target: (target / "old.txt").write_text("old"))
+    artifacts.write_folder(tmp_path / "thing", lambda target: (target / "new.txt").write_text("new"))
+    assert {path.name for path in (tmp_path / "thing").iterdir()} == {"new.txt", artifacts.MANIFEST}
+    assert artifacts.is_intact(tmp_path / "thing")
+
+
+def _slow_build(root: str) -> None:
+    def build(target: Path) -> None:
+        time.sleep(0.3)
+        with (Path(root) / "builds.log").open("a") as log:
+            log.write("built\n")
+        (target / "a.txt").write_text("whole")
+
+    artifacts.get_or_build(Path(root) / "thing", build)
+
+
+def test_many_processes_build_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_slow_build, args=(str(tmp_path),)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "builds.log").read_text() == "built\n"

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, require_hub, seed_everything
+
+BAD_VALUES = [
+    ("temperature", 0, ValueError, "greater than 0"),
+    ("temperature", -1.0, ValueError, "greater than 0"),
+    ("temperature", math.nan, ValueError, "finite number"),
+    ("temperature", math.inf, ValueError, "finite number"),
+    ("temperature", "2", TypeError, "give a number"),
+    ("temperature", True, TypeError, "give a number"),
+    ("alpha", -0.1, ValueError, "between 0"),
+    ("alpha", 1.1, ValueError, "between 0"),
+    ("alpha", math.nan, ValueError, "between 0"),
+    ("alpha", None, TypeError, "give a number"),
+    ("preset", "bert-small", ValueError, "offline, bert, bert-large"),
+    ("preset", 3, ValueError, "choose one of"),
+    ("student_init", "copied", ValueError, "preset, random"),
+    ("precision", "float16", ValueError, "float32, bfloat16"),
+    ("device", "tpu", ValueError, "cpu, cuda"),
+    ("epochs", 0, ValueError, "at least 1"),
+    ("epochs", 1.5, TypeError, "whole number"),
+    ("batch_size", 0, ValueError, "at least 1"),
+    ("batch_size", True, TypeError, "whole number"),
+    ("train_size", -5, ValueError, "at least 1"),
+    ("transfer_size", -1, ValueError, "at least 0"),
+    ("max_length", 0, ValueError, "at least 1"),
+    ("max_steps", -1, ValueError, "at least 0"),
+    ("seed", -1, ValueError, "at least 0"),
+    ("seed", "0", TypeError, "whole number"),
+    ("learning_rate", 0.0, ValueError, "greater than 0"),
+    ("teacher_learning_rate", -1e-5, ValueError, "greater than 0"),
+    ("max_grad_norm", 0, ValueError, "greater than 0"),
+    ("weight_decay", -0.1, ValueError, "0 or greater"),
+    ("warmup_ratio", 1.0, ValueError, "below 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "allowed"), BAD_VALUES)
+def test_bad_value_gets_one_sentence(name, value, error, allowed):
+    with pytest.raises(error) as caught:
+        DistillConfig(**{name: value})
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{name} is ")
+    assert allowed in sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+def test_replace_checks_anew():
+    config = DistillConfig()
+    assert config.replace(alpha=0.9).alpha == 0.9
+    with pytest.raises(ValueError, match="alpha is 2"):
+        config.replace(alpha=2)
+
+
+def test_teacher_learning_rate_comes_from_the_preset():
+    for name, preset in PRESETS.items():
+        assert DistillConfig(preset=name).teacher_learning_rate == preset.teacher_learning_rate
+    assert DistillConfig(teacher_learning_rate=1e-6).teacher_learning_rate == 1e-6
+
+
+def test_every_field_is_documented():
+    for field in DistillConfig.__dataclass_fields__:
+        assert f"        {field}: " in DistillConfig.__doc__
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, kd_helpers, kd_helpers.config; kd_helpers.DistillConfig(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_device_that_is_absent_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="lacks"):
+        pick_device("cuda")
+    assert pick_device("auto").type in ("cpu", "mps")
+
+
+def test_precision_can_be_forced():
+    assert pick_precision("float32", torch.device("cpu")) == torch.float32
+    assert pick_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_seed_everything_repeats_draws():
+    seed_everything(5)
+    first = torch.rand(3)
+    seed_everything(5)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_unreachable_hub_is_named(monkeypatch):
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match=r"'google-bert/bert-base-uncased'.*preset='offline'"):
+        require_hub("google-bert/bert-base-uncased")

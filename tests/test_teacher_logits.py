@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_bert
+from torch.testing import assert_close
+
+from kd_helpers import teacher_logits
+from kd_helpers.data import training_batches
+from kd_helpers.models import freeze
+from kd_helpers.teacher_logits import TeacherLogits, ask, attach, cached_logits
+
+
+@pytest.fixture
+def teacher():
+    return freeze(tiny_bert(seed=1))
+
+
+def count_asks(monkeypatch) -> list[int]:
+    asked = []
+
+    def counting(teacher, batch, precision):
+        asked.append(len(batch["id"]))
+        return ask(teacher, batch, precision)
+
+    monkeypatch.setattr(teacher_logits, "ask", counting)
+    return asked
+
+
+def test_every_batch_carries_its_own_answers(own_artifacts, teacher, tokenized, tokenizer):
+    answers = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    batches = training_batches(attach(tokenized, answers), tokenizer, 16, seed=0)
+    for epoch in (0, 1):
+        batches.batch_sampler.set_epoch(epoch)
+        for batch in batches:
+            assert batch["teacher_logits"].dtype == torch.float32
+            assert_close(batch["teacher_logits"], ask(teacher, batch, torch.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_the_teacher_is_asked_once(own_artifacts, monkeypatch, teacher, tokenized, tokenizer):
+    asked = count_asks(monkeypatch)
+    first = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    assert sum(asked) == len(tokenized)
+    second = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    assert sum(asked) == len(tokenized)
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_another_teacher_or_other_texts_are_asked_anew(own_artifacts, monkeypatch, teacher, tokenized, tokenizer):
+    asked = count_asks(monkeypatch)
+    one = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    other = cached_logits(freeze(tiny_bert(seed=2)), tokenized, tokenizer, precision=torch.float32)
+    cached_logits(teacher, tokenized.select(range(10)), tokenizer, precision=torch.float32)
+    assert sum(asked) == 2 * len(tokenized) + 10
+    assert not torch.equal(one.logits, other.logits)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+def test_a_damaged_cache_is_said_and_rebuilt(own_artifacts, teacher, tokenized, tokenizer, damage):
+    good = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    file = next(own_artifacts.rglob("logits.safetensors"))
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(content[:-100])
+    elif damage == "flip":
+        content[-5] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    with pytest.warns(UserWarning, match="damaged; it is built anew"):
+        rebuilt = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    assert torch.equal(good.logits, rebuilt.logits)
+
+
+def test_lookup_is_by_id():
+    answers = TeacherLogits(torch.tensor([30, 10, 20]), torch.tensor([[3.0], [1.0], [2.0]]))
+    assert answers.lookup(torch.tensor([10, 20, 30, 10])).flatten().tolist() == [1.0, 2.0, 3.0, 1.0]
+    with pytest.raises(KeyError, match="2 texts have no teacher logits, the first has id 15"):
+        answers.lookup(torch.tensor([10, 15, 99]))
+
+
+def test_a_teacher_in_train_mode_is_refused(tokenized, tokenizer):
+    batch = next(iter(training_batches(tokenized, tokenizer, 4, seed=0)))
+    with pytest.raises(ValueError, match="train mode"):
+        ask(tiny_bert().train(), batch, torch.float32)
