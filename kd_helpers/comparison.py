@@ -12,10 +12,12 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.resources
+import itertools
 import json
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from safetensors.torch import save as safetensors_bytes
 from scipy import stats
 from sklearn.metrics import confusion_matrix
 from torch import nn
+from tqdm.auto import tqdm
 
 from kd_helpers import __version__, artifacts
 from kd_helpers.config import PRESETS, DistillConfig
@@ -119,9 +122,9 @@ def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
     """Train one arm with one seed, measure it on test, and keep the result; found again when repeated.
 
     Returns:
-        `arm`, `seed`, `steps`, `seconds`, every one of `METRICS`, the NLL on validation, `confusion`
-        `[C][C]` (rows are the labels), `reliability` by bin, and `predicted`, the class of each test
-        text, in order of id.
+        `arm`, `seed`, `steps`, `seconds`, every one of `METRICS` on test, the same on `validation` but
+        fidelity, `confusion` `[C][C]` (rows are the labels), `reliability` by bin, and `predicted`, the
+        class of each test text as a digit, in order of id.
     """
     arm = ARMS[name]
     own = arm.configure(config)
@@ -133,21 +136,22 @@ def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
         "machine": str(machine(own)),
         "texts": [dataset_digest(part) for part in (data.student_train, data.teacher_train, data.test)],
     }
-    path = artifacts.artifacts_dir() / "comparison" / f"{artifacts.fingerprint(made_of)}.json"
-    if path.exists():
-        return artifacts.load_json(path)
-    result = distill(own, data=data, answers=arm_answers(arm, own, data))
-    teacher = teacher_answers(config, data, "test")
-    entry = {
-        "arm": name,
-        "seed": config.seed,
-        "steps": result.metrics["steps"],
-        "seconds": result.metrics["seconds"],
-        "validation": result.metrics["validation"],
-        **describe(result.predictions, teacher),
-    }
-    artifacts.save_json(path, entry)
-    return entry
+    folder = artifacts.artifacts_dir() / "comparison" / artifacts.fingerprint(made_of)
+
+    def train_and_measure(target: Path) -> None:
+        result = distill(own, data=data, answers=arm_answers(arm, own, data))
+        entry = {
+            "arm": name,
+            "seed": config.seed,
+            "steps": result.metrics["steps"],
+            "seconds": result.metrics["seconds"],
+            "validation": result.metrics["validation"],
+            **describe(result.predictions, teacher_answers(config, data, "test")),
+        }
+        artifacts.save_json(target / "entry.json", entry)
+
+    artifacts.get_or_build(folder, train_and_measure)
+    return artifacts.load_json(folder / "entry.json")
 
 
 def describe(predictions: Predictions, teacher: TeacherLogits) -> dict[str, Any]:
@@ -225,14 +229,14 @@ def cost(model: nn.Module, name: str, config: DistillConfig, data: DataSplits) -
     model = model.to(device).eval()
     test = tokenize(data.test, tokenizer, config.max_length)
     singles = list(evaluation_batches(test.select(range(200)), tokenizer, batch_size=1))
-    predict(model, singles[:20], precision)
+    one_by_one = latency(model, singles, torch.float32)
     timed = predict_and_evaluate(model, name, evaluation_batches(test, tokenizer), precision)
     weights = safetensors_bytes({key: value.contiguous() for key, value in model.state_dict().items()})
     return {
         "model": name,
         "parameters": count_parameters(model),
         "megabytes": len(weights) / 1e6,
-        **{f"latency_{key}_ms": value for key, value in latency(model, singles, torch.float32).items()},
+        **{f"latency_{key}_ms": value for key, value in one_by_one.items()},
         "texts_per_second": timed["texts"] / timed["seconds"],
     }
 
@@ -255,7 +259,8 @@ def compare(
         answers = teacher_answers(config.replace(teacher_epochs=epochs), data, "test")
         ids = answers.ids.sort().values
         teachers[name] = describe(Predictions(ids, answers.lookup(ids), labels), tuned)
-    runs = [run_arm(name, config.replace(seed=seed)) for seed in seeds for name in arms]
+    plan = tqdm(list(itertools.product(seeds, arms)), desc="Comparing", unit="run", leave=False)
+    runs = [run_arm(name, config.replace(seed=seed)) for seed, name in plan]
     teacher = fine_tuned_teacher(config, data, tokenizer)
     student = freeze(load_student(config, data.label_names))
     return {
@@ -370,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison = compare(FULL)
     comparison["made_with"]["date"] = datetime.date.today().isoformat()
     path = importlib.resources.files("kd_helpers").joinpath("results/comparison.json")
-    artifacts.save_json(artifacts.Path(str(path)), comparison)
+    artifacts.save_json(Path(str(path)), comparison)
     print(format_table(comparison))
 
 
