@@ -7,13 +7,14 @@ export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help run test lint format notebooks results lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(READY): requirements.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(READY)
@@ -36,7 +37,7 @@ format: $(READY) ## put the code and the notebooks into style
 notebooks: $(READY) ## run every notebook and store its outputs in place
 	$(BIN)/python -m kd_helpers.course store
 
-results: $(READY) ## make the full comparison again: 6 arms, 5 seeds, about 80 minutes; resumes where it stopped
+results: $(READY) ## make the full comparison again: 6 arms, 5 seeds, about an hour; resumes where it stopped
 	$(BIN)/python -m kd_helpers.comparison
 	$(BIN)/python -m kd_helpers.course readme
 

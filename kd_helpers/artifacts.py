@@ -32,7 +32,7 @@ def artifacts_dir() -> Path:
 
 def fingerprint(made_of: dict[str, Any]) -> str:
     """16 hexadecimal digits that change whenever anything in `made_of` does."""
-    canonical = json.dumps(made_of, sort_keys=True, default=str)
+    canonical = json.dumps(made_of, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -51,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
 
 def save_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def load_json(path: Path) -> Any:
@@ -102,5 +102,10 @@ def is_intact(folder: Path) -> bool:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): file_digest(path)
+        for name, path in files.items()
+        # Hidden files are those that a file browser or an editor leaves behind.
+        if name.name != MANIFEST and not any(part.startswith(".") for part in name.parts)
+    }

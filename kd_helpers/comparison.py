@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as safetensors_bytes
 from scipy import stats
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -134,6 +133,8 @@ def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
         "arm": dataclasses.asdict(arm),
         "config": own.to_dict(),
         "machine": str(machine(own)),
+        "versions": versions(),
+        "measured_against": {"teacher_epochs": config.teacher_epochs},
         "texts": [dataset_digest(part) for part in (data.student_train, data.teacher_train, data.test)],
     }
     folder = artifacts.artifacts_dir() / "comparison" / artifacts.fingerprint(made_of)
@@ -209,33 +210,42 @@ def predict_and_evaluate(
 
 
 def latency(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype = torch.float32) -> dict[str, float]:
-    """Milliseconds a batch takes: `p50` and `p95` over the batches. Batches of one text give the usual latency."""
+    """Milliseconds a batch takes, dropout off: `p50` and `p95` over the batches.
+
+    Batches of one text give the usual latency. The first five batches run once more before, to warm up.
+    """
+    model.eval()
     device = next(model.parameters()).device
     batches = list(batches)
+    warm_up = batches[:5]
     milliseconds = []
     with torch.inference_mode(), autocast(device, precision):
-        for batch in batches[:5] + batches:  # the first five warm up
+        for batch in warm_up + batches:
             start = time.perf_counter()
             model(**model_inputs(model, batch)).logits.cpu()  # .cpu() waits for an asynchronous device
             milliseconds.append(1000 * (time.perf_counter() - start))
-    p50, p95 = np.percentile(milliseconds[5:], [50, 95])
+    p50, p95 = np.percentile(milliseconds[len(warm_up) :], [50, 95])
     return {"p50": float(p50), "p95": float(p95)}
 
 
 def cost(model: nn.Module, name: str, config: DistillConfig, data: DataSplits) -> dict[str, Any]:
-    """What a model costs to keep and to run: parameters, size on disk, latency, throughput."""
+    """What a model costs to keep and to run.
+
+    Returns:
+        `parameters`, `megabytes` of the weights on disk, `latency_p50_ms` and `latency_p95_ms` of single texts
+        (float32), `texts_per_second` in batches of 64 (in the machine's precision).
+    """
     device, precision = machine(config)
     tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
     model = model.to(device).eval()
     test = tokenize(data.test, tokenizer, config.max_length)
-    singles = list(evaluation_batches(test.select(range(200)), tokenizer, batch_size=1))
+    singles = list(evaluation_batches(test.select(range(min(200, len(test)))), tokenizer, batch_size=1))
     one_by_one = latency(model, singles, torch.float32)
     timed = predict_and_evaluate(model, name, evaluation_batches(test, tokenizer), precision)
-    weights = safetensors_bytes({key: value.contiguous() for key, value in model.state_dict().items()})
     return {
         "model": name,
         "parameters": count_parameters(model),
-        "megabytes": len(weights) / 1e6,
+        "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
         **{f"latency_{key}_ms": value for key, value in one_by_one.items()},
         "texts_per_second": timed["texts"] / timed["seconds"],
     }
@@ -252,19 +262,22 @@ def compare(
     """
     data = load_splits(config)
     tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
-    tuned = teacher_answers(config, data, "test")
     labels = torch.tensor(data.test["label"][:])[torch.argsort(torch.tensor(data.test["id"][:]))]
-    teachers = {}
-    for name, epochs in (("untuned", 0), ("tuned", config.teacher_epochs)):
-        answers = teacher_answers(config.replace(teacher_epochs=epochs), data, "test")
-        ids = answers.ids.sort().values
-        teachers[name] = describe(Predictions(ids, answers.lookup(ids), labels), tuned)
+    answers = {
+        "untuned": teacher_answers(config.replace(teacher_epochs=0), data, "test"),
+        "tuned": teacher_answers(config, data, "test"),
+    }
+    ids = answers["tuned"].ids.sort().values
+    teachers = {
+        name: describe(Predictions(ids, logits.lookup(ids), labels), answers["tuned"])
+        for name, logits in answers.items()
+    }
     plan = tqdm(list(itertools.product(seeds, arms)), desc="Comparing", unit="run", leave=False)
     runs = [run_arm(name, config.replace(seed=seed)) for seed, name in plan]
     teacher = fine_tuned_teacher(config, data, tokenizer)
     student = freeze(load_student(config, data.label_names))
     return {
-        "made_with": versions(),
+        "made_with": versions() | {"machine": f"{platform.machine()}, {machine(config)}"},
         "config": config.to_dict(),
         "arms": {name: dataclasses.asdict(ARMS[name]) for name in arms},
         "seeds": list(seeds),
@@ -276,7 +289,7 @@ def compare(
 
 
 def versions() -> dict[str, str]:
-    """What made a result: package versions, Python, processor."""
+    """What made a result: the versions of Python and of the packages that compute."""
     packages = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
     return {
         "kd_helpers": __version__,

@@ -12,8 +12,6 @@ import dataclasses
 import functools
 import math
 import time
-import urllib.error
-import urllib.request
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,14 +89,14 @@ class DistillConfig:
         warmup_ratio: share of the steps in which the learning rate rises linearly, in [0, 1).
         weight_decay: AdamW's decoupled decay, not applied to biases and LayerNorm.
         max_grad_norm: the gradient's norm is clipped to this before each step.
-        max_length: tokens of a text that are kept.
+        max_length: tokens of a text that are kept, from 3 to 512.
         train_size: labelled texts the student sees.
         transfer_size: further texts without their labels (the transfer set).
         student_init: "preset" as the preset says, "random" for fresh weights.
         teacher_epochs: epochs of fine-tuning for the teacher; 0 leaves it untuned, as an ablation.
         teacher_train_size: labelled texts the teacher is fine-tuned on.
         teacher_learning_rate: its peak learning rate; None takes the preset's.
-        precision: "float32", "bfloat16" (autocast), or "auto" for the faster of the two.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is clearly faster.
         device: "cpu", "cuda", "mps" or "auto".
         seed: of head, dropout and batch order.
 
@@ -133,10 +131,13 @@ class DistillConfig:
         _require_choice("student_init", self.student_init, STUDENT_INITS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("device", self.device, DEVICES)
-        for name in ("epochs", "batch_size", "max_length", "train_size", "teacher_train_size"):
+        for name in ("epochs", "batch_size", "train_size", "teacher_train_size"):
             _require_integer(name, getattr(self, name), minimum=1)
-        for name in ("max_steps", "transfer_size", "teacher_epochs", "seed"):
+        for name in ("max_steps", "transfer_size", "teacher_epochs"):
             _require_integer(name, getattr(self, name), minimum=0)
+        # [CLS], [SEP] and one token between them; BERT has 512 positions; NumPy takes seeds of 32 bits.
+        _require_integer("max_length", self.max_length, minimum=3, maximum=512)
+        _require_integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
         if self.teacher_learning_rate is None:
             object.__setattr__(self, "teacher_learning_rate", PRESETS[self.preset].teacher_learning_rate)
         require_temperature(self.temperature)
@@ -145,9 +146,17 @@ class DistillConfig:
             _require_number(name, getattr(self, name), "greater than 0", lambda x: x > 0)
         _require_number("weight_decay", self.weight_decay, "0 or greater", lambda x: x >= 0)
         _require_number("warmup_ratio", self.warmup_ratio, "at least 0 and below 1", lambda x: 0 <= x < 1)
+        for field in dataclasses.fields(self):  # 1 and 1.0 are one setting and must have one fingerprint
+            if field.type.startswith("float"):
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
 
     def replace(self, **changes: Any) -> DistillConfig:
-        """The same configuration with some values changed, checked anew."""
+        """The same configuration with some values changed, checked anew.
+
+        Another preset brings its own teacher learning rate along, unless one was chosen here.
+        """
+        if self.teacher_learning_rate == PRESETS[self.preset].teacher_learning_rate:
+            changes.setdefault("teacher_learning_rate", None if "preset" in changes else self.teacher_learning_rate)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,11 +179,12 @@ def _require_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
 
 
-def _require_integer(name: str, value: Any, *, minimum: int) -> None:
+def _require_integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
+    allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; give a whole number of at least {minimum}.")
-    if value < minimum:
-        raise ValueError(f"{name} is {value}; give a whole number of at least {minimum}.")
+        raise TypeError(f"{name} is {value!r}; give a whole number {allowed}.")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name} is {value}; give a whole number {allowed}.")
 
 
 def _require_number(name: str, value: Any, allowed: str, holds: Any) -> None:
@@ -203,8 +213,8 @@ def pick_device(device: str = "auto") -> torch.device:
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products: `bfloat16` runs under autocast, the losses stay in float32.
 
-    "auto" times one matrix product in both and takes bfloat16 only when it is clearly faster: some CPUs
-    have units for it, others emulate it and lose.
+    "auto" times one matrix product in both and takes bfloat16 when it is more than 1.5 times as fast: some
+    CPUs have units for it, others emulate it and lose. Name the precision where runs must repeat exactly.
     """
     import torch
 
@@ -249,14 +259,13 @@ def require_hub(name: str) -> None:
         ConnectionError: the hub did not answer within three seconds.
     """
     import huggingface_hub.constants as hub
+    import huggingface_hub.utils
 
     if hub.HF_HUB_OFFLINE:
         return
     try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=3)
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError as error:
+        huggingface_hub.utils.get_session().head(hub.ENDPOINT, timeout=3)
+    except Exception as error:  # which one depends on the HTTP library that huggingface_hub uses
         raise ConnectionError(
             f"{name!r} lies on the Hugging Face hub, which can't be reached; download it first and set "
             "HF_HUB_OFFLINE=1, or use preset='offline'."

@@ -13,10 +13,14 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
+from jinja2 import pass_context
+from latex2mathml.converter import convert as latex_to_mathml
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
 from kd_helpers import __version__, artifacts
@@ -26,6 +30,14 @@ NOTEBOOKS = ROOT / "notebooks"
 COMMANDS = "run: executed copies and pages; store: outputs in place; readme: the stored comparison into the README"
 README_FIGURE = "kd_helpers/results/comparison.png"
 RESULTS_BEGIN, RESULTS_END = "<!-- results: written by `make results` -->", "<!-- end of results -->"
+FOLD_SOLUTIONS = """
+for (const cell of document.querySelectorAll(".celltag_solution")) {
+  const folded = document.createElement("details");
+  folded.innerHTML = "<summary>Solution</summary>";
+  cell.before(folded);
+  folded.append(cell);
+}
+"""
 UNDESCRIBED = 'alt="No description has been provided for this image"'
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -43,7 +55,9 @@ def title(path: Path) -> str:
 
 def repository() -> str:
     """The address the badges point to, from pyproject.toml."""
-    found = re.search(r'^Repository = "https://github.com/(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    found = re.search(
+        r'^Repository = "https://github.com/(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert found, "pyproject.toml has no [project.urls] Repository on github.com"
     return found[1]
 
@@ -64,7 +78,7 @@ def navigation(path: Path) -> str:
     return f"{badges}\n\n{before} | [contents](../README.md) | {after}"
 
 
-def setup(path: Path) -> str:
+def setup() -> str:
     """The source of the cell tagged `setup`: installs on Colab only, and leaves its torch alone."""
     address = f"git+https://github.com/{repository()}@v{__version__}"
     return "\n".join(
@@ -92,7 +106,7 @@ def refresh(notebook: NotebookNode, path: Path) -> None:
         if "navigation" in tags(cell):
             cell.source = navigation(path)
         if "setup" in tags(cell):
-            cell.source = setup(path)
+            cell.source = setup()
 
 
 def without_bars(notebook: NotebookNode) -> NotebookNode:
@@ -138,11 +152,31 @@ def run(paths: Sequence[Path], folder: Path) -> None:
     artifacts.write_text(folder / "index.html", index)
 
 
+class OfflineRenderer(IPythonRenderer):
+    """Formulas as MathML, which browsers draw by themselves: a page needs no network."""
+
+    def inline_math(self, body: str) -> str:
+        return latex_to_mathml(body)
+
+    def block_math(self, body: str) -> str:
+        return latex_to_mathml(body, display="block")
+
+
+class OfflineExporter(HTMLExporter):
+    """Notebook to page, without MathJax from a server and with solutions folded."""
+
+    @pass_context
+    def markdown2html(self, context: Any, source: str) -> str:
+        return MarkdownWithMath(renderer=OfflineRenderer(escape=False)).render(source)
+
+
 def to_html(notebook: NotebookNode, heading: str) -> str:
     """A notebook as a page; links to other notebooks become links to their pages."""
-    page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": heading}})
+    page, _ = OfflineExporter().from_notebook_node(notebook, resources={"metadata": {"name": heading}})
     for described in _descriptions(notebook):  # the exporter leaves out the descriptions that figures carry
         page = page.replace(UNDESCRIBED, f'alt="{html.escape(described, quote=True)}"', 1)
+    page = re.sub(r'<script[^>]*src="https?://[^"]*"[^>]*></script>', "", page)
+    page = page.replace("</body>", f"<script>{FOLD_SOLUTIONS}</script></body>")
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page)
 
 
@@ -204,9 +238,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=("run", "store", "readme"), help=COMMANDS)
     parser.add_argument("names", nargs="*", help="numbers such as 03; all of them when left out")
     chosen = parser.parse_args(arguments)
-    paths = [p for p in notebook_paths() if not chosen.names or p.name[:2] in chosen.names]
-    if not paths:
-        parser.error(f"no notebook is numbered {', '.join(chosen.names)}; there are {len(notebook_paths())}.")
+    numbered = {path.name[:2]: path for path in notebook_paths()}
+    if unknown := sorted(set(chosen.names) - set(numbered)):
+        parser.error(f"no notebook is numbered {', '.join(unknown)}; there are {', '.join(numbered)}.")
+    paths = [path for number, path in numbered.items() if number in (chosen.names or numbered)]
     if chosen.command == "readme":
         write_readme_results()
         return

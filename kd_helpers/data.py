@@ -119,6 +119,7 @@ def read_hub_tweets(name: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
     require_hub(name)
     raw = datasets.load_dataset(name, "sentiment")
     frames = {split: _with_keys(raw[split].to_pandas()[["text", "label"]]) for split in raw}
+    frames["train"] = frames["train"][frames["train"]["key"] != ""]
     held_out = set(frames["validation"]["key"]) | set(frames["test"]["key"])
     pool = deduplicate(frames["train"][~frames["train"]["key"].isin(held_out)])
     # A held-out text that occurs twice needs two ids, or the teacher's answers could be mixed up.
@@ -149,13 +150,13 @@ def text_id(key: str) -> int:
 
 
 def clean(tweets: pd.DataFrame) -> pd.DataFrame:
-    """Drop rows with characters outside ASCII, which this corpus stores damaged beyond repair.
+    """Drop rows with characters outside ASCII, which this corpus stores damaged beyond repair, and empty ones.
 
     Returns:
         Columns `id`, `key`, `text` (masked) and `label`.
     """
-    tweets = tweets[tweets["text"].map(str.isascii)]
-    return _with_keys(tweets)
+    keyed = _with_keys(tweets[tweets["text"].map(str.isascii)])
+    return keyed[keyed["key"] != ""].reset_index(drop=True)
 
 
 def _with_keys(tweets: pd.DataFrame) -> pd.DataFrame:
@@ -167,7 +168,7 @@ def _with_keys(tweets: pd.DataFrame) -> pd.DataFrame:
             "text": tweets["text"].map(mask),
             "label": tweets["label"].astype("int64"),
         }
-    )[keys != ""].reset_index(drop=True)
+    ).reset_index(drop=True)
 
 
 def deduplicate(tweets: pd.DataFrame) -> pd.DataFrame:

@@ -19,5 +19,7 @@ def attempt(check: Callable[[Any], None], answer: Any) -> None:
         print("Not solved yet: write your answer in the cell above and run both cells again.")
     except AssertionError as error:
         print(f"Not right yet: {error}")
+    except Exception as error:
+        print(f"Not right yet: your code raises {type(error).__name__}: {error}")
     else:
         print("Correct.")

@@ -157,11 +157,12 @@ def _fresh(model_class: type[PreTrainedModel], config: transformers.PretrainedCo
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Leave out the report on the missing head: it is missing on purpose."""
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -35,6 +35,10 @@ class TeacherLogits:
     ids: torch.Tensor
     logits: torch.Tensor
 
+    def digest(self) -> str:
+        """SHA-256 over ids and logits."""
+        return hashlib.sha256(self.ids.numpy().tobytes() + self.logits.numpy().tobytes()).hexdigest()
+
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """The logits `[M, C]` of the texts `ids` `[M]`.
 
@@ -110,9 +114,10 @@ def attach(tokenized: datasets.Dataset, answers: TeacherLogits) -> datasets.Data
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names and values of all weights."""
+    """SHA-256 over names, shapes, dtypes and values of all weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        # Seen as bytes, since NumPy does not know bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -125,14 +126,16 @@ def predict(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype =
     """The model's logits for every text, dropout off, sorted by id. The model's mode is put back after."""
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
     ids, logits, labels = [], [], []
-    with torch.inference_mode(), autocast(device, precision):
-        for batch in batches:
-            logits.append(model(**model_inputs(model, batch)).logits.float().cpu())
-            ids.append(batch["id"])
-            labels.append(batch["labels"])
-    model.train(was_training)
+    try:
+        model.eval()
+        with torch.inference_mode(), autocast(device, precision):
+            for batch in batches:
+                logits.append(model(**model_inputs(model, batch)).logits.float().cpu())
+                ids.append(batch["id"])
+                labels.append(batch["labels"])
+    finally:
+        model.train(was_training)
     order = torch.argsort(torch.cat(ids))
     return Predictions(torch.cat(ids)[order], torch.cat(logits)[order], torch.cat(labels)[order])
 
@@ -270,27 +273,27 @@ def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTr
         max_length=config.max_length,
         warmup_ratio=0.1,
         teacher_train_size=config.teacher_train_size,
-        precision=config.precision,
-        device=config.device,
+        precision=str(precision).removeprefix("torch."),
+        device=device.type,
     )
     made_of = {
         "package": __version__,
         "recipe": recipe.to_dict(),
-        "device": device.type,
-        "precision": str(precision),
         "texts": dataset_digest(data.teacher_train),
     }
     folder = artifacts.artifacts_dir() / "teachers" / artifacts.fingerprint(made_of)
 
     def fine_tune(target: Path) -> None:
-        seed_everything(recipe.seed)
         teacher = load_teacher(recipe, data.label_names).to(device)
         validation = evaluation_batches(tokenize(data.validation, tokenizer, recipe.max_length), tokenizer)
         texts = tokenize(data.teacher_train, tokenizer, recipe.max_length)
         batches = training_batches(texts, tokenizer, recipe.batch_size, seed=recipe.seed)
-        history = train(
-            teacher, batches, validation, config=recipe, precision=precision, description="Fine-tuning the teacher"
-        )
+        # What a caller draws next must not depend on whether the teacher was found or made.
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            history = train(
+                teacher, batches, validation, config=recipe, precision=precision, description="Fine-tuning the teacher"
+            )
         save_model(target, teacher, tokenizer)
         artifacts.save_json(target / "history.json", history)
         artifacts.save_json(target / "made_of.json", made_of)
@@ -374,7 +377,13 @@ def distill(
         "steps": history[-1]["step"],
         "seconds": time.perf_counter() - start,
     }
-    made_of = {"package": __version__, "config": config.to_dict(), "precision": str(precision)}
+    made_of = {
+        "package": __version__,
+        "config": config.to_dict(),
+        "machine": str(machine(config)),
+        "texts": [dataset_digest(part) for part in (data.student_train, data.validation, data.test)],
+        "answers": None if answers is None else answers.digest(),
+    }
     folder = Path(output_dir or artifacts.artifacts_dir() / "runs" / artifacts.fingerprint(made_of))
     result = DistillResult(config, student.eval(), tokenizer, history, metrics, predictions, folder)
     save_run(result)
@@ -384,17 +393,20 @@ def distill(
 def save_run(result: DistillResult) -> None:
     """Save a run in its folder: `student/` (weights, tokenizer, model card), then three JSON files.
 
-    `metrics.json` comes last: where it stands, the run is whole.
+    `metrics.json` goes first and comes last: where it stands, the run is whole.
     """
 
     def save_student(target: Path) -> None:
         save_model(target, result.student, result.tokenizer)
         (target / "README.md").write_text(model_card(result), encoding="utf-8")
 
-    artifacts.write_folder(result.folder / "student", save_student)
-    artifacts.save_json(result.folder / "config.json", result.config.to_dict())
-    artifacts.save_json(result.folder / "history.json", result.history)
-    artifacts.save_json(result.folder / "metrics.json", result.metrics)
+    result.folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(result.folder / ".lock"):
+        (result.folder / "metrics.json").unlink(missing_ok=True)
+        artifacts.write_folder(result.folder / "student", save_student)
+        artifacts.save_json(result.folder / "config.json", result.config.to_dict())
+        artifacts.save_json(result.folder / "history.json", result.history)
+        artifacts.save_json(result.folder / "metrics.json", result.metrics)
 
 
 def model_card(result: DistillResult) -> str:
@@ -402,16 +414,21 @@ def model_card(result: DistillResult) -> str:
     config, test = result.config, result.metrics["test"]
     measured = "\n".join(f"| {name} | {value:.4f} |" for name, value in test.items())
     names = ", ".join(result.student.config.id2label.values())
+    signal = "on labels alone"
+    if config.alpha > 0:
+        signal = (
+            f"with knowledge distillation at temperature {config.temperature:g} and alpha {config.alpha:g} "
+            "(the weight of the teacher's soft targets)"
+        )
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
 tags: [knowledge-distillation]
 ---
-# Student distilled from {PRESETS[config.preset].teacher}
+# A small classifier: {names}
 
-Classifies short texts as {names}. Trained with knowledge distillation at temperature {config.temperature:g}
-and alpha {config.alpha:g} (the weight of the teacher's soft targets) on {config.train_size:,} labelled and
-{config.transfer_size:,} unlabelled texts for {result.metrics["steps"]:,} steps, seed {config.seed}.
+Trained {signal}, on {config.train_size:,} labelled and {config.transfer_size:,} unlabelled texts for
+{result.metrics["steps"]:,} steps, seed {config.seed}. Preset {config.preset}, teacher {PRESETS[config.preset].teacher}.
 
 | test split | |
 |---|---|

@@ -52,6 +52,12 @@ def test_an_added_file_counts_as_damage(tmp_path):
     assert not artifacts.is_intact(tmp_path / "thing")
 
 
+def test_what_a_file_browser_leaves_behind_is_no_damage(tmp_path):
+    artifacts.write_folder(tmp_path / "thing", lambda target: (target / "a.txt").write_text("whole"))
+    (tmp_path / "thing" / ".DS_Store").write_text("window size")
+    assert artifacts.is_intact(tmp_path / "thing")
+
+
 def test_a_folder_is_replaced_whole(tmp_path):
     artifacts.write_folder(tmp_path / "thing", lambda target: (target / "old.txt").write_text("old"))
     artifacts.write_folder(tmp_path / "thing", lambda target: (target / "new.txt").write_text("new"))

@@ -31,9 +31,11 @@ BAD_VALUES = [
     ("batch_size", True, TypeError, "whole number"),
     ("train_size", -5, ValueError, "at least 1"),
     ("transfer_size", -1, ValueError, "at least 0"),
-    ("max_length", 0, ValueError, "at least 1"),
+    ("max_length", 2, ValueError, "from 3 to 512"),
+    ("max_length", 513, ValueError, "from 3 to 512"),
     ("max_steps", -1, ValueError, "at least 0"),
-    ("seed", -1, ValueError, "at least 0"),
+    ("seed", -1, ValueError, "from 0 to 4294967295"),
+    ("seed", 2**32, ValueError, "from 0 to 4294967295"),
     ("seed", "0", TypeError, "whole number"),
     ("learning_rate", 0.0, ValueError, "greater than 0"),
     ("teacher_learning_rate", -1e-5, ValueError, "greater than 0"),
@@ -65,6 +67,17 @@ def test_teacher_learning_rate_comes_from_the_preset():
     for name, preset in PRESETS.items():
         assert DistillConfig(preset=name).teacher_learning_rate == preset.teacher_learning_rate
     assert DistillConfig(teacher_learning_rate=1e-6).teacher_learning_rate == 1e-6
+
+
+def test_another_preset_brings_its_own_teacher_learning_rate():
+    assert DistillConfig().replace(preset="bert-large") == DistillConfig(preset="bert-large")
+    chosen = DistillConfig(teacher_learning_rate=1e-6).replace(preset="bert", alpha=0.9)
+    assert chosen.teacher_learning_rate == 1e-6
+
+
+def test_whole_numbers_and_floats_are_one_setting():
+    assert DistillConfig(temperature=2, alpha=1).to_dict() == DistillConfig(temperature=2.0, alpha=1.0).to_dict()
+    assert isinstance(DistillConfig(alpha=1).alpha, float)
 
 
 def test_every_field_is_documented():

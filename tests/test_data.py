@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,6 +93,24 @@ def test_groups_that_disagree_are_dropped():
     tweets = pd.DataFrame({"text": ["Hi!", "hi!", "Bye", "bye", "Café"], "label": [0, 1, 2, 2, 1]})
     kept = data.deduplicate(data.clean(tweets))
     assert kept["text"].tolist() == ["Bye"]
+
+
+def test_hub_splits_stay_as_published_but_the_training_texts_are_cleaned(monkeypatch):
+    def published(texts, labels):
+        return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+    raw = datasets.DatasetDict(
+        train=published(["Fine day", "fine  day", "Leaked!", "http", "New"], [2, 2, 0, 1, 1]),
+        validation=published(["leaked!", "leaked!"], [0, 0]),
+        test=published(["http", "Last"], [1, 2]),
+    )
+    monkeypatch.setattr(data, "require_hub", lambda name: None)
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda name, subset: raw)
+    pool, validation, test = data.read_hub_tweets("cardiffnlp/tweet_eval")
+    assert sorted(pool["text"]) == ["Fine day", "New"]
+    assert validation["text"].tolist() == ["leaked!", "leaked!"]
+    assert test["text"].tolist() == ["http", "Last"]
+    assert validation["id"].is_unique
 
 
 def test_asking_for_more_texts_than_there_are():

@@ -60,7 +60,7 @@ def test_opening(path, notebook):
 def test_generated_cells_are_current(path, notebook):
     sources = {tag: cell.source for cell in notebook.cells for tag in tags(cell)}
     assert sources["navigation"] == course.navigation(path)
-    assert sources["setup"] == course.setup(path)
+    assert sources["setup"] == course.setup()
 
 
 def test_parameters_are_typed_literals_with_a_comment(path, notebook):

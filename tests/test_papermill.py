@@ -42,8 +42,6 @@ def test_a_bad_parameter_stops_with_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_parameters_read_like_documentation(path):
-    from papermill.inspection import display_notebook_help  # noqa: F401  (the function behind --help-notebook)
-
     done = papermill("--help-notebook", path, cwd=path.parent)
     assert done.returncode == 0, done.stderr
     described = [line for line in (done.stdout + done.stderr).splitlines() if "(default " in line]

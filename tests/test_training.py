@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import tiny_bert
 from sklearn.metrics import log_loss
 from torch.testing import assert_close
+from tqdm.auto import tqdm
 from transformers import pipeline
 
 from kd_helpers.config import DistillConfig
@@ -15,18 +18,28 @@ from kd_helpers.data import evaluation_batches, training_batches
 from kd_helpers.losses import soft_targets
 from kd_helpers.models import freeze, load_saved
 from kd_helpers.optim import make_optimizer, make_scheduler
-from kd_helpers.teacher_logits import attach, cached_logits
+from kd_helpers.teacher_logits import TeacherLogits, attach, cached_logits
 from kd_helpers.training import (
     classification_metrics,
     distill,
     distill_epoch,
     evaluate,
     expected_calibration_error,
+    fine_tuned_teacher,
     predict,
     reliability,
 )
 
-SHORT = DistillConfig(train_size=64, max_steps=3, teacher_epochs=0, alpha=0.5, batch_size=16, max_length=24)
+SHORT = DistillConfig(
+    train_size=64,
+    max_steps=3,
+    teacher_epochs=0,
+    alpha=0.5,
+    batch_size=16,
+    max_length=24,
+    device="cpu",
+    precision="float32",
+)
 
 
 def one_epoch(student, batches, **options):
@@ -187,6 +200,44 @@ def test_a_saved_run_is_whole_and_reloads_to_identical_logits(own_artifacts, sma
     assert answer["label"] in ("negative", "neutral", "positive")
     card = (run.folder / "student" / "README.md").read_text()
     assert f"{run.metrics['test']['accuracy']:.4f}" in card
+
+
+def test_runs_with_other_answers_have_folders_of_their_own(own_artifacts, small_data):
+    ids = torch.tensor(small_data.student_train["id"][:])
+    uniform = TeacherLogits(ids, torch.zeros(len(ids), 3))
+    folders = {distill(SHORT, data=small_data, answers=answers).folder for answers in (None, uniform)}
+    assert len(folders) == 2
+
+
+def test_a_run_that_dies_while_saving_has_no_metrics(own_artifacts, small_data, monkeypatch):
+    run = distill(SHORT, data=small_data)
+
+    def die(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("kd_helpers.training.save_model", die)
+    with pytest.raises(OSError, match="no space"):
+        distill(SHORT, data=small_data)
+    assert not (run.folder / "metrics.json").exists()
+    assert load_saved(run.folder / "student").config.num_labels == 3
+
+
+def test_making_the_teacher_does_not_move_the_random_state(own_artifacts, small_data, tokenizer):
+    config = SHORT.replace(teacher_epochs=1)
+    data = dataclasses.replace(small_data, teacher_train=small_data.train)
+    draws = []
+    for _ in range(2):  # made the first time, found the second
+        torch.manual_seed(3)
+        fine_tuned_teacher(config, data, tokenizer)
+        draws.append(torch.rand(1))
+    assert torch.equal(*draws)
+    assert len(list((own_artifacts / "teachers").glob("[0-9a-f]*"))) == 1
+
+
+def test_steps_are_counted_without_a_progress_bar(own_artifacts, small_data, monkeypatch):
+    monkeypatch.setattr("kd_helpers.training.tqdm", partial(tqdm, disable=True))
+    run = distill(SHORT.replace(max_steps=5, alpha=0.0), data=small_data)
+    assert [entry["step"] for entry in run.history] == [4, 5]
 
 
 def test_max_steps_stops_in_the_middle_of_an_epoch(own_artifacts, small_data):
