@@ -144,7 +144,8 @@ def run(paths: Sequence[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for path, target in _with_times(paths, folder):
-        papermill.execute_notebook(path, target, cwd=path.parent, progress_bar=False)
+        bar = {"desc": path.stem, "leave": False}
+        papermill.execute_notebook(path, target, cwd=path.parent, progress_bar=bar)
         notebook = without_bars(nbformat.read(target, as_version=4))
         artifacts.write_text(target.with_suffix(".html"), to_html(notebook, title(path)))
         rows.append(f'<li><a href="{target.stem}.html">{title(path)}</a></li>')
@@ -175,8 +176,9 @@ def to_html(notebook: NotebookNode, heading: str) -> str:
     page, _ = OfflineExporter().from_notebook_node(notebook, resources={"metadata": {"name": heading}})
     for described in _descriptions(notebook):  # the exporter leaves out the descriptions that figures carry
         page = page.replace(UNDESCRIBED, f'alt="{html.escape(described, quote=True)}"', 1)
-    page = re.sub(r'<script[^>]*src="https?://[^"]*"[^>]*></script>', "", page)
+    page = re.sub(r'<script[^>]*src="https?://[^"]*"[^>]*>\s*</script>', "", page)
     page = page.replace("</body>", f"<script>{FOLD_SOLUTIONS}</script></body>")
+    page = page.replace('href="../README.md"', 'href="index.html"')
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page)
 
 
@@ -224,12 +226,11 @@ def write_readme_results() -> None:
 
 
 def _with_times(paths: Sequence[Path], folder: Path | None = None) -> Iterator[tuple[Path, Path]]:
-    """Name each notebook before it runs and its seconds after."""
+    """Pair each notebook with its target and print the seconds it took."""
     for number, path in enumerate(paths, start=1):
-        print(f"[{number}/{len(paths)}] {path.stem} … ", end="", flush=True)
         start = time.perf_counter()
         yield path, (folder or path.parent) / path.name
-        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+        print(f"[{number}/{len(paths)}] {path.stem}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -248,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.command == "store":
         store(paths)
         return
+    if not (artifacts.artifacts_dir() / "teachers").exists():
+        print("The first notebook also fine-tunes the teacher, which takes about two minutes on two cores.", flush=True)
     folder = artifacts.artifacts_dir() / "course"
     run(paths, folder)
     table = artifacts.artifacts_dir() / "comparison.json"
