@@ -373,10 +373,10 @@ def format_table(comparison: dict[str, Any]) -> str:
     """The comparison as plain text: both teachers, then every arm with its intervals."""
     lines = [f"{'':31}" + "".join(f"{metric.replace('_', ' '):>16}" for metric in METRICS)]
     for name, teacher in comparison["teachers"].items():
-        cells = "".join(f"{teacher[metric]:>10.3f}      " for metric in METRICS)
+        cells = "".join(f"{teacher[metric]:.3f}        ".rjust(16) for metric in METRICS)
         lines.append(f"{name.capitalize() + ' teacher itself':31}" + cells)
     for title, row in summary(comparison).iterrows():
-        cells = "".join(f"{row[metric]:>10.3f} ±{row[metric + ' ±']:.3f}"[:16].rjust(16) for metric in METRICS)
+        cells = "".join(f"{row[metric]:.3f} ± {row[metric + ' ±']:.3f}".rjust(16) for metric in METRICS)
         lines.append(f"{title:31}" + cells)
     return "\n".join(lines)
 
