@@ -238,7 +238,7 @@ def cost(model: nn.Module, name: str, config: DistillConfig, data: DataSplits) -
     device, precision = machine(config)
     tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
     model = model.to(device).eval()
-    test = tokenize(data.test, tokenizer, config.max_length)
+    test = tokenize(data.test.select(range(min(2000, len(data.test)))), tokenizer, config.max_length)
     singles = list(evaluation_batches(test.select(range(min(200, len(test)))), tokenizer, batch_size=1))
     one_by_one = latency(model, singles, torch.float32)
     timed = predict_and_evaluate(model, name, evaluation_batches(test, tokenizer), precision)
