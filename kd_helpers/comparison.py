@@ -121,9 +121,9 @@ def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
     """Train one arm with one seed, measure it on test, and keep the result; found again when repeated.
 
     Returns:
-        `arm`, `seed`, `steps`, `seconds`, every one of `METRICS` on test, the same on `validation` but
-        fidelity, `confusion` `[C][C]` (rows are the labels), `reliability` by bin, and `predicted`, the
-        class of each test text as a digit, in order of id.
+        `arm`, `seed`, `steps`, `seconds`, every one of `METRICS` on test, `history` (step and measures on
+        validation after each epoch), `confusion` `[C][C]` (rows are the labels), `reliability` by bin,
+        and `predicted`, the class of each test text as a digit, in order of id.
     """
     arm = ARMS[name]
     own = arm.configure(config)
@@ -146,7 +146,7 @@ def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
             "seed": config.seed,
             "steps": result.metrics["steps"],
             "seconds": result.metrics["seconds"],
-            "validation": result.metrics["validation"],
+            "history": [{"step": epoch["step"], **epoch["validation"]} for epoch in result.history],
             **describe(result.predictions, teacher_answers(config, data, "test")),
         }
         artifacts.save_json(target / "entry.json", entry)
@@ -362,6 +362,15 @@ def paired_over_texts(comparison: dict[str, Any], *, reference: str = BASELINE) 
             difference, low, high = mean_interval(share[arm] - share[reference])
             rows[ARMS[arm].title] = {"difference": difference, "low": low, "high": high}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def last_and_best(comparison: dict[str, Any], arm: str) -> tuple[float, float]:
+    """Accuracy on validation, mean over the seeds: after the last epoch, and after each seed's best one.
+
+    The best is picked with hindsight and so a little too good: it is what stopping early could reach at most.
+    """
+    curves = [[epoch["accuracy"] for epoch in run["history"]] for run in comparison["runs"] if run["arm"] == arm]
+    return float(np.mean([curve[-1] for curve in curves])), float(np.mean([max(curve) for curve in curves]))
 
 
 def stored_comparison() -> dict[str, Any]:
