@@ -9,6 +9,7 @@
 | `optim` | 04: optimiser and learning rate |
 | `teacher_logits`, `training` | 05: the loop |
 | `comparison` | 06: did it help? |
+| `sweep` | 07: which temperature, which alpha? |
 
 `artifacts`, `plots`, `exercises` and `course` serve all of them. The names below can be imported from
 here; a module is loaded when one of its names is first used, so `import kd_helpers` costs nothing.

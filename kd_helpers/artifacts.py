@@ -7,9 +7,11 @@ and is trusted only while they fit.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -42,10 +44,15 @@ def file_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old one or the whole new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader finds the old one or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
@@ -81,9 +88,15 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:
 
 
 def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a folder beside `folder`, seal it, and put it in `folder`'s place when it is whole."""
+    """Let `build` fill a folder beside `folder`, seal it, and put it in `folder`'s place when it is whole.
+
+    One process at a time may write a folder: the caller holds its lock.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as building:
+    prefix = f".building-{folder.name}-"
+    for abandoned in folder.parent.glob(f"{glob.escape(prefix)}*"):  # by a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as building:
         made = Path(building) / "made"
         made.mkdir()
         build(made)

@@ -1,0 +1,511 @@
+"""Chapter 07: one notebook, many settings.
+
+papermill runs a notebook with other parameters; a sweep adds what it lacks. Values are checked before anything
+starts, every run has a key, finished runs are found again, failed ones are kept and named, jobs share the cores,
+and the results come back as one table. `python -m kd_helpers.sweep --help` says how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import datetime
+import importlib.resources
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import joblib
+import nbformat
+from tqdm.auto import tqdm
+
+from kd_helpers import __version__, artifacts
+from kd_helpers.config import DistillConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OUTPUT = "output_dir"  # the parameter through which a notebook is told where its metrics.json goes
+BEST = "validation_accuracy"  # what the progress bar shows the best of: choices are made on validation
+SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+Parameters = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Notebook:
+    """A notebook that can be swept.
+
+    Attributes:
+        name: of its file, without the ending.
+        source: the notebook as it was read; what happens to the file during a sweep changes no run.
+        types: of each parameter.
+        defaults: of each parameter.
+        digest: of the source of its code cells. Texts and stored outputs can change, the results don't.
+    """
+
+    name: str
+    source: nbformat.NotebookNode
+    types: dict[str, type]
+    defaults: Parameters
+    digest: str
+
+
+def read_notebook(path: str | Path) -> Notebook:
+    """Read a notebook and the parameters it declares in its cell tagged `parameters`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the notebook can't be swept, since it does not say where its results go.
+    """
+    import papermill
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no notebook {path}; give the path of an .ipynb file.")
+    with contextlib.redirect_stderr(None):
+        declared = papermill.inspect_notebook(str(path))
+    if OUTPUT not in declared:
+        raise ValueError(
+            f"{path.name} has no parameter {OUTPUT!r}, so its results can't be collected; declare it in the cell "
+            "tagged 'parameters', and write metrics.json there."
+        )
+    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+    types = {name: SCALARS.get(entry["inferred_type_name"], type(defaults[name])) for name, entry in declared.items()}
+    source = nbformat.read(path, as_version=4)
+    code = [cell.source for cell in source.cells if cell.cell_type == "code"]
+    return Notebook(path.stem, source, types, defaults, artifacts.fingerprint({"code": code}))
+
+
+def parse(notebook: Notebook, name: str, text: str) -> Any:
+    """The value that a command line gives to a parameter, in the parameter's own type.
+
+    Raises:
+        ValueError: the notebook has no such parameter, or the text is no value of its type.
+    """
+    known = [parameter for parameter in notebook.types if parameter != OUTPUT]
+    if name == OUTPUT:
+        raise ValueError(f"{OUTPUT} is set by the sweep, a folder for each run; choose the sweep's folder with --out.")
+    if name not in known:
+        raise ValueError(f"{notebook.name} has no parameter {name!r}; it has {', '.join(known)}.")
+    wanted = notebook.types[name]
+    if wanted is str:
+        return text
+    if wanted is bool and text in ("True", "False"):
+        return text == "True"
+    with contextlib.suppress(ValueError):
+        if wanted in (int, float):
+            return wanted(text)
+    allowed = {int: "a whole number", float: "a number", bool: "True or False"}.get(wanted, "nothing but its default")
+    raise ValueError(f"{name} is {text!r}; give {allowed}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One execution of the notebook.
+
+    Attributes:
+        name: of its folder: what differs from the notebook's defaults, and the key.
+        parameters: all of them, `output_dir` left out.
+    """
+
+    name: str
+    parameters: Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table: what was asked for, and the run that answers it."""
+
+    parameters: Parameters
+    run: Run
+
+
+def plan(
+    notebook: Notebook, grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any] | None = None
+) -> list[Setting]:
+    """Every combination of the grid's values, each with its run.
+
+    At alpha 0 nobody listens to the teacher and the temperature changes nothing, so one run serves all temperatures.
+
+    Args:
+        notebook: what is run.
+        grid: values of each parameter that varies.
+        fixed: values of parameters that differ from the notebook's defaults but don't vary.
+
+    Raises:
+        TypeError, ValueError: a parameter is unknown, given twice, or has a value that is not allowed.
+    """
+    fixed = dict(fixed or {})
+    if both := sorted(set(grid) & set(fixed)):
+        raise ValueError(f"{', '.join(both)} is given both as a grid and as a fixed value; give one of them.")
+    for name, values in grid.items():
+        if len(values) == 0:
+            raise ValueError(f"{name} has no values; give at least one.")
+        if repeated := [value for index, value in enumerate(values) if value in values[:index]]:
+            raise ValueError(f"{name} lists {repeated[0]!r} twice; give each value once.")
+    settings = []
+    for values in itertools.product(*grid.values()):
+        given = fixed | dict(zip(grid, values, strict=True))
+        typed = {name: parse(notebook, name, str(value)) for name, value in given.items()}
+        parameters = {name: typed.get(name, default) for name, default in notebook.defaults.items() if name != OUTPUT}
+        configuration(parameters)
+        alike = parameters
+        if parameters.get("alpha") == 0 and "temperature" in parameters:
+            alike = parameters | {"temperature": notebook.defaults["temperature"]}
+        settings.append(Setting(parameters, Run(run_name(notebook, alike), alike)))
+    return settings
+
+
+def run_name(notebook: Notebook, parameters: Parameters) -> str:
+    """A run's folder: what differs from the defaults, for people; then its key, which tells any two runs apart."""
+    key = artifacts.fingerprint({"code": notebook.digest, "parameters": parameters, "package": __version__})
+    changed = [f"{name}={value}" for name, value in parameters.items() if value != notebook.defaults[name]]
+    readable = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed) or "defaults")[:100]
+    return f"{readable}-{key}"
+
+
+def configuration(parameters: Parameters) -> DistillConfig:
+    """The `DistillConfig` that a notebook's parameters amount to: it refuses values outside their range."""
+    fields = {field.name for field in dataclasses.fields(DistillConfig)}
+    return DistillConfig(**{name: value for name, value in parameters.items() if name in fields})
+
+
+def sweep(
+    path: str | Path,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    out: str | Path,
+    fixed: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+) -> pd.DataFrame:
+    """Run a notebook with every combination of the grid's values; finished runs are found again.
+
+    A run that fails is kept with its notebook, and the sweep goes on. Two sweeps may share one folder: neither
+    repeats what the other does. A process that dies, however it dies, loses the runs in flight and nothing else.
+    The teacher and its answers are found in `artifacts/` by all runs; where they are missing the first run that needs
+    them makes them, and the others wait for it.
+
+    Args:
+        path: of the notebook.
+        grid: values of each parameter that varies.
+        out: the sweep's folder, for one notebook.
+        fixed: other parameters that differ from the notebook's defaults.
+        jobs: runs at the same time. They share the cores, so each computes with cores / jobs threads; another number
+            of threads rounds differently and gives slightly different numbers.
+
+    Returns:
+        The table of `collect`, also written to `table.csv` and `table.parquet`.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: what was asked for can't be run. Nothing has started then.
+    """
+    notebook = read_notebook(path)
+    settings = plan(notebook, grid, fixed)
+    threads = threads_per_job(jobs)
+    out = Path(out).resolve()
+    _record(out, notebook, settings)
+    runs = {setting.run.name: setting.run for setting in settings}
+    todo = [run for run in runs.values() if status(out / "runs" / run.name) != "finished"]
+    with (
+        tqdm(total=len(runs), initial=len(runs) - len(todo), desc=notebook.name, unit="run") as bar,
+        _environment(OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false"),
+    ):
+        # First what nobody is working on; then wait for what another sweep had in hand.
+        for wait in (False, True):
+            for run in _execute_all(notebook, todo, out, jobs, wait=wait):
+                todo.remove(run)
+                bar.set_postfix_str(best_so_far(write_table(out)))
+                bar.update()
+    return write_table(out)
+
+
+def _execute_all(notebook: Notebook, runs: Sequence[Run], out: Path, jobs: int, *, wait: bool) -> Iterator[Run]:
+    """Execute runs, `jobs` at a time, and yield those that are done."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(execute, notebook, run, out, threads_per_job(jobs), wait=wait): run for run in runs}
+        for future in as_completed(futures):
+            if future.result():
+                yield futures[future]
+    finally:  # an interrupt must not wait for runs that have not begun
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def threads_per_job(jobs: int) -> int:
+    """How many threads each job may use so that all of them together use every core once."""
+    cores = joblib.cpu_count()
+    if not 1 <= jobs <= cores:
+        raise ValueError(f"jobs is {jobs}; this machine has {cores} cores, so give a whole number from 1 to {cores}.")
+    return cores // jobs
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set variables that the kernels started meanwhile inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def execute(notebook: Notebook, run: Run, out: Path, threads: int, *, wait: bool) -> bool:
+    """Make sure that a run is done, unless another process is at it and we don't wait for that.
+
+    The run's folder appears whole or not at all: the executed notebook, what it wrote into its `output_dir`
+    (`output/`), and `run.json`, which says how it went.
+
+    Returns:
+        False if another process is at it.
+    """
+    folder = out / "runs" / run.name
+    try:
+        with filelock.FileLock(folder.with_name(f".{run.name}.lock"), timeout=-1 if wait else 0):
+            if status(folder) != "finished":
+                artifacts.write_folder(folder, lambda target: _run_notebook(notebook, run, folder, target, threads))
+    except filelock.Timeout:
+        return False
+    return True
+
+
+def _run_notebook(notebook: Notebook, run: Run, folder: Path, target: Path, threads: int) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    start = time.perf_counter()
+    executed, output = target / "notebook.ipynb", target / "output"
+    metrics, error = {}, ""
+    try:
+        parameters = run.parameters | {OUTPUT: str(output)}
+        papermill.execute_notebook(notebook.source, executed, parameters, progress_bar=False)
+        metrics = flatten(artifacts.load_json(output / "metrics.json"))
+    except PapermillExecutionError as failure:
+        error = f"{failure.ename} in cell [{failure.exec_count}]: {failure.evalue}"
+    except FileNotFoundError:
+        error = f"the notebook wrote no metrics.json into its {OUTPUT}"
+    except Exception as failure:  # a kernel that died, a disk that is full: the other runs must go on
+        error = f"{type(failure).__name__}: {failure}"
+    if executed.exists():  # the folder gets its final name when it is whole, and the notebook speaks of that one
+        before, after = (json.dumps(str(path))[1:-1] for path in (target, folder))
+        artifacts.write_text(executed, executed.read_text(encoding="utf-8").replace(before, after))
+    entry = {
+        "parameters": run.parameters,
+        "status": "failed" if error else "finished",
+        "metrics": metrics,
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "threads": threads,
+        "ended": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "error": error,
+    }
+    artifacts.save_json(target / "run.json", entry)
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in nested metrics: `{"test": {"nll": 0.6}}` becomes `{"test_nll": 0.6}`."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}_")
+        elif isinstance(value, (int, float)):
+            flat[prefix + name] = value
+    return flat
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` in a run's folder says; None where there is none, or a damaged one, which is reported."""
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    try:
+        if artifacts.load_json(folder / artifacts.MANIFEST)["run.json"] == artifacts.file_digest(path):
+            return artifacts.load_json(path)
+    except (OSError, ValueError, KeyError):
+        pass
+    warnings.warn(f"{folder.name} is damaged; it is run anew.", stacklevel=2)
+    return None
+
+
+def status(folder: Path) -> str:
+    """How a run stands: "finished", "failed" or "planned"."""
+    entry = read_run(folder)
+    return entry["status"] if entry else "planned"
+
+
+def _record(out: Path, notebook: Notebook, settings: Sequence[Setting]) -> None:
+    """Add settings to the sweep's plan, from which `collect` knows which runs belong to it.
+
+    A notebook whose code changed, or another version of the package, begins a new plan: earlier runs stay on the disk
+    but leave the table, which would else mix two experiments.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    made_of = {"notebook": notebook.name, "code": notebook.digest, "package": __version__}
+    with filelock.FileLock(out / ".plan.lock"):
+        old = artifacts.load_json(out / "plan.json") if (out / "plan.json").exists() else {}
+        if old.get("notebook", notebook.name) != notebook.name:
+            raise ValueError(f"{out} holds a sweep of {old['notebook']}, not of {notebook.name}; choose another --out.")
+        rows = old["settings"] if old.get("made_of") == made_of else []
+        new = [{"parameters": setting.parameters, "run": setting.run.name} for setting in settings]
+        rows += [row for row in new if row not in rows]
+        artifacts.save_json(out / "plan.json", {"notebook": notebook.name, "made_of": made_of, "settings": rows})
+
+
+def collect(out: str | Path) -> pd.DataFrame:
+    """The sweep's table, from finished and half-finished sweeps alike.
+
+    Returns:
+        One row a setting, in order of the parameters: every parameter, `status` ("finished", "failed" or "planned"),
+        the run's metrics (NaN until there are any), `wall_seconds` of the whole notebook, `threads`, `ended` (UTC),
+        `error`, and `run`, the folder under `runs/` that holds everything else.
+
+    Raises:
+        FileNotFoundError: the folder holds no sweep.
+    """
+    import pandas as pd
+
+    out = Path(out)
+    if not (out / "plan.json").exists():
+        raise FileNotFoundError(f"{out} holds no sweep; give the folder that was the sweep's --out.")
+    settings = artifacts.load_json(out / "plan.json")["settings"]
+    names = list(settings[0]["parameters"])
+    rows = []
+    for setting in settings:
+        entry = read_run(out / "runs" / setting["run"]) or {"status": "planned"}
+        measured = {name: entry.get(name) for name in ("wall_seconds", "threads")}
+        said = {name: entry.get(name, "") for name in ("ended", "error")}
+        row = {"status": entry["status"], **entry.get("metrics", {}), **measured, **said, "run": setting["run"]}
+        rows.append(row | setting["parameters"])
+    table = pd.DataFrame(rows)
+    last = ["wall_seconds", "threads", "ended", "error", "run"]
+    metrics = [name for name in table.columns if name not in {*names, "status", *last}]
+    return table[[*names, "status", *metrics, *last]].sort_values(names, ignore_index=True)
+
+
+def write_table(out: Path) -> pd.DataFrame:
+    """Write the sweep's table as CSV and Parquet, whole or not at all, and return it."""
+    table = collect(out)
+    artifacts.write_text(out / "table.csv", table.to_csv(index=False))
+    artifacts.write_bytes(out / "table.parquet", table.to_parquet(index=False))
+    return table
+
+
+def best_so_far(table: pd.DataFrame) -> str:
+    """The best run by accuracy on validation and what is special about it; empty while there is none."""
+    if BEST not in table or table[BEST].isna().all():
+        return ""
+    row = table.loc[table[BEST].idxmax()]
+    varied = [name for name in table.columns[: table.columns.get_loc("status")] if table[name].nunique() > 1]
+    return f"best {row[BEST]:.1%} on validation ({', '.join(f'{name} {row[name]}' for name in varied)})"
+
+
+def describe_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jobs: int) -> str:
+    """What a sweep is about to do: values, runs, how many are finished, how long the rest will take."""
+    threads = threads_per_job(jobs)
+    runs = {setting.run.name for setting in settings}
+    entries = [entry for name in runs if (entry := read_run(out / "runs" / name))]
+    finished = [entry["wall_seconds"] for entry in entries if entry["status"] == "finished"]
+    left = len(runs) - len(finished)
+    shared = "" if len(runs) == len(settings) else " (at alpha 0 one run serves all temperatures)"
+    lines = [f"{notebook.name}: {len(settings)} settings, {len(runs)} runs{shared}"]
+    for name in settings[0].parameters:
+        values = list(dict.fromkeys(setting.parameters[name] for setting in settings))
+        if len(values) > 1 or values[0] != notebook.defaults[name]:
+            lines.append(f"  {name:16} {', '.join(map(str, values))}")
+    estimate = "how long is known when the first has finished"
+    if finished:
+        estimate = f"about {left * sum(finished) / len(finished) / jobs / 60:.0f} min"
+    lines.append(f"  {len(finished)} finished, {len(entries) - len(finished)} failed before, {left} to run: {estimate}")
+    lines.append(f"  {jobs} at a time, {threads} thread(s) each; results in {out}")
+    return "\n".join(lines)
+
+
+def surface(table: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A metric over temperature and alpha, from the table of a sweep with several seeds.
+
+    Returns:
+        Two tables with a row for each temperature and a column for each alpha: the mean over the seeds, and half the
+        width of its 95% t interval (NaN where there is one seed).
+    """
+    from kd_helpers.comparison import mean_interval
+
+    cells = table.groupby(["temperature", "alpha"])[metric].agg(mean_interval)
+    mean, half = cells.map(lambda cell: cell[0]), cells.map(lambda cell: (cell[2] - cell[1]) / 2)
+    return mean.unstack(), half.unstack()
+
+
+def stored_sweep() -> dict[str, Any]:
+    """The full sweep that comes with the course, made by `make sweep`."""
+    path = importlib.resources.files("kd_helpers").joinpath("results/temperature_and_alpha.json")
+    return json.loads(path.read_text("utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a notebook with every combination of the values given; finished runs are found again.
+
+    Returns:
+        Exit status: 0 if every run is finished, 1 if some failed. A request that can't be met exits with 2.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kd_helpers.sweep", description=main.__doc__.splitlines()[0])
+    parser.add_argument("notebook", type=Path, help="with a cell tagged 'parameters' that declares output_dir")
+    parser.add_argument(
+        "-g", "--grid", action="append", default=[], metavar="NAME=V1,V2,...", help="a parameter that varies; repeat it"
+    )
+    parser.add_argument(
+        "-p", "--parameter", action="append", default=[], nargs=2, metavar=("NAME", "VALUE"), help="one that does not"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the sweep; artifacts/sweeps/NOTEBOOK if left out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, which share the cores (default 1)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
+    asked = parser.parse_args(arguments)
+    out = (asked.out or artifacts.artifacts_dir() / "sweeps" / asked.notebook.stem).resolve()
+    try:
+        grid, fixed = _grid(asked.grid), dict(asked.parameter)
+        notebook = read_notebook(asked.notebook)
+        settings = plan(notebook, grid, fixed)
+        print(describe_plan(notebook, settings, out, asked.jobs), flush=True)
+        if asked.dry_run:
+            return 0
+        table = sweep(asked.notebook, grid, out=out, fixed=fixed, jobs=asked.jobs)
+    except (FileNotFoundError, TypeError, ValueError, ConnectionError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\nStopped. Finished runs are kept; the same command goes on from here.", flush=True)
+        os._exit(130)  # kernels end when their parent does; a normal exit would wait for them
+    print(f"{best_so_far(table)}\n{out / 'table.csv'} and table.parquet: {len(table)} rows")
+    asked_for = table["run"].isin({setting.run.name for setting in settings})
+    failed = table[asked_for & (table["status"] == "failed")].drop_duplicates("run")
+    for row in failed.itertuples():
+        print(f"failed: {out / 'runs' / row.run / 'notebook.ipynb'}: {row.error}")
+    return 1 if len(failed) else 0
+
+
+def _grid(given: Sequence[str]) -> dict[str, list[str]]:
+    """`["alpha=0,1"]` as `{"alpha": ["0", "1"]}`."""
+    grid: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ValueError(f"-g {text!r} is no grid; write it as NAME=V1,V2,... without spaces.")
+        if name in grid:
+            raise ValueError(f"{name} is given twice; list all its values behind one -g.")
+        grid[name] = values.split(",")
+    return grid
+
+
+if __name__ == "__main__":
+    sys.exit(main())
