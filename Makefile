@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test lint format notebooks results lab clean
+.PHONY: help run test lint format notebooks results sweep lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -19,7 +19,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(READY)
 
-run: $(READY) ## run notebooks 00 to 06, print the comparison, write artifacts/course/index.html
+run: $(READY) ## run notebooks 00 to 07, print the comparison, write artifacts/course/index.html
 	$(BIN)/python -m kd_helpers.course run
 
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
@@ -40,6 +40,11 @@ notebooks: $(READY) ## run every notebook and store its outputs in place
 results: $(READY) ## make the full comparison again: 6 arms, 5 seeds, about an hour; resumes where it stopped
 	$(BIN)/python -m kd_helpers.comparison
 	$(BIN)/python -m kd_helpers.course readme
+
+sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quarters of an hour; resumes where it stopped
+	$(BIN)/python -m kd_helpers.sweep notebooks/05_distill_and_evaluate.ipynb --out artifacts/sweeps/temperature_and_alpha \
+		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
+	$(BIN)/python -m kd_helpers.course sweep
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

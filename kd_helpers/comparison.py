@@ -277,7 +277,7 @@ def compare(
     teacher = fine_tuned_teacher(config, data, tokenizer)
     student = freeze(load_student(config, data.label_names))
     return {
-        "made_with": versions() | {"machine": f"{platform.machine()}, {machine(config)}"},
+        "made_with": made_with(config),
         "config": config.to_dict(),
         "arms": {name: dataclasses.asdict(ARMS[name]) for name in arms},
         "seeds": list(seeds),
@@ -296,6 +296,23 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def made_with(config: DistillConfig) -> dict[str, str]:
+    """What made a result, where and when."""
+    where = f"{platform.machine()}, {machine(config)}"
+    return versions() | {"machine": where, "date": datetime.date.today().isoformat()}
+
+
+def teacher_metrics(config: DistillConfig) -> dict[str, dict[str, float]]:
+    """The measures of `classification_metrics` of the configured teacher on `validation` and `test`."""
+    data = load_splits(config)
+    measured = {}
+    for split in ("validation", "test"):
+        texts = getattr(data, split)
+        logits = teacher_answers(config, data, split).lookup(torch.tensor(texts["id"][:]))
+        measured[split] = classification_metrics(logits, torch.tensor(texts["label"][:]))
+    return measured
 
 
 def runs_table(comparison: dict[str, Any]) -> pd.DataFrame:
@@ -395,7 +412,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.parse_args(arguments)
     comparison = compare(FULL)
-    comparison["made_with"]["date"] = datetime.date.today().isoformat()
     path = importlib.resources.files("kd_helpers").joinpath("results/comparison.json")
     artifacts.save_json(Path(str(path)), comparison)
     print(format_table(comparison))

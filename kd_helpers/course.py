@@ -2,7 +2,7 @@
 
 `run` executes them with papermill and leaves executed copies and HTML pages under `artifacts/course`.
 `store` executes them in place and keeps their outputs, without what differs from one run to the next.
-`readme` writes the stored comparison into the README.
+`readme` writes the stored comparison into the README, `sweep` the finished sweep of `make sweep` into the package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from kd_helpers import __version__, artifacts
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-COMMANDS = "run: executed copies and pages; store: outputs in place; readme: the stored comparison into the README"
+COMMANDS = (
+    "run: executed copies and pages; store: outputs in place; readme: the stored comparison into the README; "
+    "sweep: the finished full sweep into the package"
+)
+SWEEP, SWEPT = "temperature_and_alpha", NOTEBOOKS / "05_distill_and_evaluate.ipynb"
 README_FIGURE = "kd_helpers/results/comparison.png"
 RESULTS_BEGIN, RESULTS_END = "<!-- results: written by `make results` -->", "<!-- end of results -->"
 FOLD_SOLUTIONS = """
@@ -236,6 +240,38 @@ def write_readme_results() -> None:
     artifacts.write_text(ROOT / "README.md", before + block + rest.partition(RESULTS_END)[2])
 
 
+def store_sweep() -> None:
+    """Put the finished full sweep into the package, with what it is held against: label smoothing and the teacher.
+
+    Raises:
+        RuntimeError: some of its runs are missing.
+    """
+    from kd_helpers import comparison, sweep
+
+    table = sweep.collect(artifacts.artifacts_dir() / "sweeps" / SWEEP)
+    if (table["status"] != "finished").any():
+        raise RuntimeError(f"runs are missing: {table['status'].value_counts().to_dict()}; run `make sweep`.")
+    parameters = table.columns[: table.columns.get_loc("status")]
+    varied = [name for name in parameters if table[name].nunique() > 1]
+    measures = [name for name in table.columns if name.startswith(("validation_", "test_"))]
+    (fixed,) = table[parameters.drop(varied)].head(1).to_dict("records")
+    config = sweep.configuration(fixed)
+    smoothing = []
+    for seed in sorted(table["seed"].unique().tolist()):
+        run = comparison.run_arm("label_smoothing", config.replace(seed=seed))
+        measured = sweep.flatten({"validation": run["history"][-1], "test": run})
+        smoothing.append({"seed": seed} | {name: measured[name] for name in measures})
+    content = {
+        "made_with": comparison.made_with(config) | {"threads": int(table["threads"].iloc[0])},
+        "notebook": SWEPT.stem,
+        "fixed": fixed,
+        "runs": table[[*varied, *measures, "wall_seconds"]].to_dict("records"),
+        "label_smoothing": smoothing,
+        "teacher": sweep.flatten(comparison.teacher_metrics(config)),
+    }
+    artifacts.save_json(ROOT / "kd_helpers" / "results" / f"{SWEEP}.json", content)
+
+
 def _with_times(paths: Sequence[Path], folder: Path | None = None) -> Iterator[tuple[Path, Path]]:
     """Pair each notebook with its target and print the seconds it took."""
     for number, path in enumerate(paths, start=1):
@@ -247,7 +283,7 @@ def _with_times(paths: Sequence[Path], folder: Path | None = None) -> Iterator[t
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the notebooks."""
     parser = argparse.ArgumentParser(prog="python -m kd_helpers.course", description=main.__doc__)
-    parser.add_argument("command", choices=("run", "store", "readme"), help=COMMANDS)
+    parser.add_argument("command", choices=("run", "store", "readme", "sweep"), help=COMMANDS)
     parser.add_argument("names", nargs="*", help="numbers such as 03; all of them when left out")
     chosen = parser.parse_args(arguments)
     numbered = {path.name[:2]: path for path in notebook_paths()}
@@ -256,6 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = [path for number, path in numbered.items() if number in (chosen.names or numbered)]
     if chosen.command == "readme":
         write_readme_results()
+        return
+    if chosen.command == "sweep":
+        store_sweep()
         return
     if chosen.command == "store":
         store(paths)

@@ -6,6 +6,8 @@ import io
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -84,6 +86,28 @@ def label_line_end(axes: Axes, text: str, *, colour: str, line: int = -1, dy: fl
     """
     x, y = axes.lines[line].get_xydata()[-1]
     axes.annotate(text, (x, y), xytext=(6, dy), textcoords="offset points", color=colour, va="center")
+
+
+def heat_map(axes: Axes, cells: pd.DataFrame, title: str, *, colours: str, form: str) -> None:
+    """Draw a table as a map with its numbers in it.
+
+    Args:
+        axes: to draw on.
+        cells: rows downwards, columns across; index and columns are numbers. NaN stays white.
+        title: above the map.
+        colours: a matplotlib colour map.
+        form: how numbers are written, e.g. ".1f".
+    """
+    image = axes.imshow(cells, cmap=colours, aspect="auto")
+    axes.grid(False)
+    axes.set_title(title)
+    axes.set_xticks(range(cells.shape[1]), [f"{column:g}" for column in cells.columns])
+    axes.set_yticks(range(cells.shape[0]), [f"{row:g}" for row in cells.index])
+    for row, column in np.ndindex(cells.shape):
+        value = cells.iloc[row, column]
+        red, green, blue, _ = image.cmap(image.norm(value))
+        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        axes.text(column, row, format(value, form), ha="center", va="center", color="white" if dark else "black")
 
 
 def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:

@@ -15,9 +15,11 @@ import datetime
 import importlib.resources
 import itertools
 import json
+import math
 import os
 import re
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 OUTPUT = "output_dir"  # the parameter through which a notebook is told where its metrics.json goes
 BEST = "validation_accuracy"  # what the progress bar shows the best of: choices are made on validation
 SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+ABOUT_THE_RUN = ("wall_seconds", "threads", "ended", "error", "run")  # the table's last columns
+
 Parameters = dict[str, Any]
 
 
@@ -60,31 +64,69 @@ class Notebook:
     defaults: Parameters
     digest: str
 
+    @property
+    def distils(self) -> bool:
+        """Whether its parameters are those of a `DistillConfig`: it has a preset."""
+        return "preset" in self.types
+
 
 def read_notebook(path: str | Path) -> Notebook:
-    """Read a notebook and the parameters it declares in its cell tagged `parameters`.
+    """Read a notebook and the parameters that it declares in its cell tagged `parameters`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the notebook can't be swept, since it does not say where its results go.
+        ValueError: it is no notebook, or one that can't be swept. One sentence says why.
     """
-    import papermill
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no notebook {path}; give the path of an .ipynb file.")
-    with contextlib.redirect_stderr(None):
-        declared = papermill.inspect_notebook(str(path))
-    if OUTPUT not in declared:
+    try:
+        source = nbformat.read(path, as_version=4)
+        nbformat.validate(source)
+    except Exception as error:  # nbformat has one of its own for every way a file can be wrong
+        raise ValueError(f"{path} is no notebook; give the path of an .ipynb file.") from error
+    code = [cell.source for cell in source.cells if cell.cell_type == "code"]
+    tagged = [cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", [])]
+    types, defaults = declared_parameters("\n".join(tagged), path.name)
+    if OUTPUT not in types:
         raise ValueError(
             f"{path.name} has no parameter {OUTPUT!r}, so its results can't be collected; declare it in the cell "
             "tagged 'parameters', and write metrics.json there."
         )
-    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
-    types = {name: SCALARS.get(entry["inferred_type_name"], type(defaults[name])) for name, entry in declared.items()}
-    source = nbformat.read(path, as_version=4)
-    code = [cell.source for cell in source.cells if cell.cell_type == "code"]
+    if taken := sorted(types.keys() & {"status", *ABOUT_THE_RUN}):
+        raise ValueError(f"{path.name} has a parameter {taken[0]!r}, a column that the table has already; rename it.")
     return Notebook(path.stem, source, types, defaults, artifacts.fingerprint({"code": code}))
+
+
+def declared_parameters(code: str, where: str) -> tuple[dict[str, type], Parameters]:
+    """The types and the defaults of the parameters that a cell declares, one `name: type = literal` each.
+
+    Raises:
+        ValueError: a default is no literal, or of another type than int, float, str and bool.
+    """
+    types, defaults = {}, {}
+    try:
+        statements = ast.parse(code).body
+    except SyntaxError as error:
+        raise ValueError(f"the cell tagged 'parameters' of {where} is not Python: {error.msg}.") from error
+    for statement in statements:
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or statement.value is None:
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        name = ast.unparse(target)
+        annotation = ast.unparse(statement.annotation) if isinstance(statement, ast.AnnAssign) else ""
+        try:
+            default = ast.literal_eval(statement.value)
+        except ValueError:
+            default = ...
+        kind = SCALARS.get(annotation.split("|")[0].strip(), type(default))
+        if kind not in SCALARS.values() or not isinstance(default, (int, float, str, bool, type(None))):
+            raise ValueError(
+                f"{name} in {where} can't be swept; give it a default that is a number, text, True or False."
+            )
+        types[name] = kind
+        defaults[name] = float(default) if kind is float and type(default) is int else default
+    return types, defaults
 
 
 def parse(notebook: Notebook, name: str, text: str) -> Any:
@@ -99,14 +141,16 @@ def parse(notebook: Notebook, name: str, text: str) -> Any:
     if name not in known:
         raise ValueError(f"{notebook.name} has no parameter {name!r}; it has {', '.join(known)}.")
     wanted = notebook.types[name]
+    if text == "None" and notebook.defaults[name] is None:
+        return None
     if wanted is str:
         return text
     if wanted is bool and text in ("True", "False"):
         return text == "True"
     with contextlib.suppress(ValueError):
-        if wanted in (int, float):
-            return wanted(text)
-    allowed = {int: "a whole number", float: "a number", bool: "True or False"}.get(wanted, "nothing but its default")
+        if wanted in (int, float) and math.isfinite(value := wanted(text)):
+            return value
+    allowed = {int: "a whole number", float: "a finite number", bool: "True or False"}[wanted]
     raise ValueError(f"{name} is {text!r}; give {allowed}.")
 
 
@@ -136,7 +180,8 @@ def plan(
 ) -> list[Setting]:
     """Every combination of the grid's values, each with its run.
 
-    At alpha 0 nobody listens to the teacher and the temperature changes nothing, so one run serves all temperatures.
+    Where a notebook distils, alpha 0 means that nobody listens to the teacher and that the temperature changes nothing,
+    so one run serves all temperatures.
 
     Args:
         notebook: what is run.
@@ -149,20 +194,22 @@ def plan(
     fixed = dict(fixed or {})
     if both := sorted(set(grid) & set(fixed)):
         raise ValueError(f"{', '.join(both)} is given both as a grid and as a fixed value; give one of them.")
-    for name, values in grid.items():
+    axes = {name: [parse(notebook, name, str(value)) for value in values] for name, values in grid.items()}
+    for name, values in axes.items():
         if len(values) == 0:
             raise ValueError(f"{name} has no values; give at least one.")
         if repeated := [value for index, value in enumerate(values) if value in values[:index]]:
             raise ValueError(f"{name} lists {repeated[0]!r} twice; give each value once.")
+    constant = {name: parse(notebook, name, str(value)) for name, value in fixed.items()}
+    defaults = {name: value for name, value in notebook.defaults.items() if name != OUTPUT}
     settings = []
-    for values in itertools.product(*grid.values()):
-        given = fixed | dict(zip(grid, values, strict=True))
-        typed = {name: parse(notebook, name, str(value)) for name, value in given.items()}
-        parameters = {name: typed.get(name, default) for name, default in notebook.defaults.items() if name != OUTPUT}
-        configuration(parameters)
+    for values in itertools.product(*axes.values()):
+        parameters = defaults | constant | dict(zip(axes, values, strict=True))
         alike = parameters
-        if parameters.get("alpha") == 0 and "temperature" in parameters:
-            alike = parameters | {"temperature": notebook.defaults["temperature"]}
+        if notebook.distils:
+            configuration(parameters)
+            if parameters.get("alpha") == 0 and "temperature" in parameters:
+                alike = parameters | {"temperature": notebook.defaults["temperature"]}
         settings.append(Setting(parameters, Run(run_name(notebook, alike), alike)))
     return settings
 
@@ -171,7 +218,7 @@ def run_name(notebook: Notebook, parameters: Parameters) -> str:
     """A run's folder: what differs from the defaults, for people; then its key, which tells any two runs apart."""
     key = artifacts.fingerprint({"code": notebook.digest, "parameters": parameters, "package": __version__})
     changed = [f"{name}={value}" for name, value in parameters.items() if value != notebook.defaults[name]]
-    readable = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed) or "defaults")[:100]
+    readable = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed) or "defaults", flags=re.ASCII)[:100]
     return f"{readable}-{key}"
 
 
@@ -194,7 +241,7 @@ def sweep(
     A run that fails is kept with its notebook, and the sweep goes on. Two sweeps may share one folder: neither
     repeats what the other does. A process that dies, however it dies, loses the runs in flight and nothing else.
     The teacher and its answers are found in `artifacts/` by all runs; where they are missing the first run that needs
-    them makes them, and the others wait for it.
+    them makes them, and the others wait for it. Interrupted from Python, runs in flight end in the background.
 
     Args:
         path: of the notebook.
@@ -212,38 +259,62 @@ def sweep(
     """
     notebook = read_notebook(path)
     settings = plan(notebook, grid, fixed)
-    threads = threads_per_job(jobs)
-    out = Path(out).resolve()
+    threads_per_job(jobs)
+    require_own_folder(Path(out), notebook)
+    return run_plan(notebook, settings, Path(out).resolve(), jobs)
+
+
+def run_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jobs: int) -> pd.DataFrame:
+    """Execute what is missing of a plan; `sweep` says how."""
     _record(out, notebook, settings)
     runs = {setting.run.name: setting.run for setting in settings}
-    todo = [run for run in runs.values() if status(out / "runs" / run.name) != "finished"]
+    seen = {name: read_run(out / "runs" / name) for name in runs}
+    todo = [run for run in runs.values() if not is_finished(seen[run.name])]
+    threads = str(threads_per_job(jobs))
+    libraries = ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM")
     with (
         tqdm(total=len(runs), initial=len(runs) - len(todo), desc=notebook.name, unit="run") as bar,
-        _environment(OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false"),
+        _environment(
+            {"TOKENIZERS_PARALLELISM": "false"} | {f"{library}_NUM_THREADS": threads for library in libraries}
+        ),
     ):
+        bar.set_postfix_str(best_so_far(write_table(out)))
         # First what nobody is working on; then wait for what another sweep had in hand.
         for wait in (False, True):
-            for run in _execute_all(notebook, todo, out, jobs, wait=wait):
+            for run in _execute_all(notebook, todo, seen, out, jobs, wait=wait):
                 todo.remove(run)
                 bar.set_postfix_str(best_so_far(write_table(out)))
                 bar.update()
     return write_table(out)
 
 
-def _execute_all(notebook: Notebook, runs: Sequence[Run], out: Path, jobs: int, *, wait: bool) -> Iterator[Run]:
-    """Execute runs, `jobs` at a time, and yield those that are done."""
+def _execute_all(
+    notebook: Notebook, runs: Sequence[Run], seen: Mapping[str, Any], out: Path, jobs: int, *, wait: bool
+) -> Iterator[Run]:
+    """Execute runs, `jobs` at a time, and yield those that are done. What can't be written is raised at the end."""
     pool = ThreadPoolExecutor(jobs)
+    broken: list[OSError] = []
     try:
-        futures = {pool.submit(execute, notebook, run, out, threads_per_job(jobs), wait=wait): run for run in runs}
+        futures = {
+            pool.submit(execute, notebook, run, seen[run.name], out, threads_per_job(jobs), wait=wait): run
+            for run in runs
+        }
         for future in as_completed(futures):
-            if future.result():
+            try:
+                done = future.result()
+            except OSError as error:  # of this run's folder; the others may fare better
+                broken.append(error)
+                continue
+            if done:
                 yield futures[future]
     finally:  # an interrupt must not wait for runs that have not begun
         pool.shutdown(wait=False, cancel_futures=True)
+    if broken:
+        raise broken[0]
 
 
 def threads_per_job(jobs: int) -> int:
-    """How many threads each job may use so that all of them together use every core once."""
+    """How many threads each job may use so that all of them together use no core twice."""
     cores = joblib.cpu_count()
     if not 1 <= jobs <= cores:
         raise ValueError(f"jobs is {jobs}; this machine has {cores} cores, so give a whole number from 1 to {cores}.")
@@ -251,7 +322,7 @@ def threads_per_job(jobs: int) -> int:
 
 
 @contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set variables that the kernels started meanwhile inherit."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -265,11 +336,12 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def execute(notebook: Notebook, run: Run, out: Path, threads: int, *, wait: bool) -> bool:
+def execute(notebook: Notebook, run: Run, seen: dict[str, Any] | None, out: Path, threads: int, *, wait: bool) -> bool:
     """Make sure that a run is done, unless another process is at it and we don't wait for that.
 
     The run's folder appears whole or not at all: the executed notebook, what it wrote into its `output_dir`
-    (`output/`), and `run.json`, which says how it went.
+    (`output/`), and `run.json`, which says how it went. A run that failed is tried again if it had failed when the
+    sweep began (`seen`), but not if another sweep has just tried it.
 
     Returns:
         False if another process is at it.
@@ -277,7 +349,8 @@ def execute(notebook: Notebook, run: Run, out: Path, threads: int, *, wait: bool
     folder = out / "runs" / run.name
     try:
         with filelock.FileLock(folder.with_name(f".{run.name}.lock"), timeout=-1 if wait else 0):
-            if status(folder) != "finished":
+            entry = read_run(folder)
+            if not is_finished(entry) and entry == seen:
                 artifacts.write_folder(folder, lambda target: _run_notebook(notebook, run, folder, target, threads))
     except filelock.Timeout:
         return False
@@ -293,17 +366,21 @@ def _run_notebook(notebook: Notebook, run: Run, folder: Path, target: Path, thre
     metrics, error = {}, ""
     try:
         parameters = run.parameters | {OUTPUT: str(output)}
-        papermill.execute_notebook(notebook.source, executed, parameters, progress_bar=False)
-        metrics = flatten(artifacts.load_json(output / "metrics.json"))
+        written = str(executed).replace("{", "{{").replace("}", "}}")  # papermill fills in what stands in braces
+        papermill.execute_notebook(notebook.source, written, parameters, progress_bar=False)
+        if (output / "metrics.json").is_file():
+            metrics = flatten(artifacts.load_json(output / "metrics.json"))
+        else:
+            error = f"the notebook wrote no metrics.json into its {OUTPUT}"
     except PapermillExecutionError as failure:
         error = f"{failure.ename} in cell [{failure.exec_count}]: {failure.evalue}"
-    except FileNotFoundError:
-        error = f"the notebook wrote no metrics.json into its {OUTPUT}"
-    except Exception as failure:  # a kernel that died, a disk that is full: the other runs must go on
+    except Exception as failure:  # a kernel that died or could not start: the other runs must go on
         error = f"{type(failure).__name__}: {failure}"
     if executed.exists():  # the folder gets its final name when it is whole, and the notebook speaks of that one
-        before, after = (json.dumps(str(path))[1:-1] for path in (target, folder))
-        artifacts.write_text(executed, executed.read_text(encoding="utf-8").replace(before, after))
+        text = executed.read_text(encoding="utf-8")
+        for before, after in zip(_spellings(target), _spellings(folder), strict=True):
+            text = text.replace(before, after)
+        artifacts.write_text(executed, text)
     entry = {
         "parameters": run.parameters,
         "status": "failed" if error else "finished",
@@ -311,9 +388,15 @@ def _run_notebook(notebook: Notebook, run: Run, folder: Path, target: Path, thre
         "wall_seconds": round(time.perf_counter() - start, 1),
         "threads": threads,
         "ended": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "error": error,
+        "error": textwrap.shorten(error, 300),  # the notebook keeps all of it
     }
     artifacts.save_json(target / "run.json", entry)
+
+
+def _spellings(path: Path) -> list[str]:
+    """How a notebook file writes a path: in outputs, and in the code that papermill injects."""
+    written = (str(path), str(path).encode("unicode_escape").decode())
+    return [json.dumps(text, ensure_ascii=False)[1:-1] for text in written]
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -323,7 +406,7 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}_")
         elif isinstance(value, (int, float)):
-            flat[prefix + name] = value
+            flat[prefix + name] = float(value) if isinstance(value, bool) else value
     return flat
 
 
@@ -337,14 +420,25 @@ def read_run(folder: Path) -> dict[str, Any] | None:
             return artifacts.load_json(path)
     except (OSError, ValueError, KeyError):
         pass
-    warnings.warn(f"{folder.name} is damaged; it is run anew.", stacklevel=2)
+    warnings.warn(f"{folder.name} is damaged and counts as not run.", stacklevel=2)
     return None
 
 
-def status(folder: Path) -> str:
-    """How a run stands: "finished", "failed" or "planned"."""
-    entry = read_run(folder)
-    return entry["status"] if entry else "planned"
+def is_finished(entry: dict[str, Any] | None) -> bool:
+    """Whether a run, as `read_run` found it, has its results."""
+    return entry is not None and entry["status"] == "finished"
+
+
+def require_own_folder(out: Path, notebook: Notebook) -> None:
+    """Refuse a folder that can't be a sweep's, or that holds one of another notebook.
+
+    Raises:
+        ValueError: one sentence says why.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a folder for --out.")
+    if (out / "plan.json").exists() and (other := artifacts.load_json(out / "plan.json")["notebook"]) != notebook.name:
+        raise ValueError(f"{out} holds a sweep of {other}, not of {notebook.name}; choose another --out.")
 
 
 def _record(out: Path, notebook: Notebook, settings: Sequence[Setting]) -> None:
@@ -357,8 +451,6 @@ def _record(out: Path, notebook: Notebook, settings: Sequence[Setting]) -> None:
     made_of = {"notebook": notebook.name, "code": notebook.digest, "package": __version__}
     with filelock.FileLock(out / ".plan.lock"):
         old = artifacts.load_json(out / "plan.json") if (out / "plan.json").exists() else {}
-        if old.get("notebook", notebook.name) != notebook.name:
-            raise ValueError(f"{out} holds a sweep of {old['notebook']}, not of {notebook.name}; choose another --out.")
         rows = old["settings"] if old.get("made_of") == made_of else []
         new = [{"parameters": setting.parameters, "run": setting.run.name} for setting in settings]
         rows += [row for row in new if row not in rows]
@@ -388,19 +480,19 @@ def collect(out: str | Path) -> pd.DataFrame:
         entry = read_run(out / "runs" / setting["run"]) or {"status": "planned"}
         measured = {name: entry.get(name) for name in ("wall_seconds", "threads")}
         said = {name: entry.get(name, "") for name in ("ended", "error")}
-        row = {"status": entry["status"], **entry.get("metrics", {}), **measured, **said, "run": setting["run"]}
+        row = {**entry.get("metrics", {}), "status": entry["status"], **measured, **said, "run": setting["run"]}
         rows.append(row | setting["parameters"])
     table = pd.DataFrame(rows)
-    last = ["wall_seconds", "threads", "ended", "error", "run"]
-    metrics = [name for name in table.columns if name not in {*names, "status", *last}]
-    return table[[*names, "status", *metrics, *last]].sort_values(names, ignore_index=True)
+    metrics = [name for name in table.columns if name not in {*names, "status", *ABOUT_THE_RUN}]
+    return table[[*names, "status", *metrics, *ABOUT_THE_RUN]].sort_values(names, ignore_index=True)
 
 
 def write_table(out: Path) -> pd.DataFrame:
     """Write the sweep's table as CSV and Parquet, whole or not at all, and return it."""
-    table = collect(out)
-    artifacts.write_text(out / "table.csv", table.to_csv(index=False))
-    artifacts.write_bytes(out / "table.parquet", table.to_parquet(index=False))
+    with filelock.FileLock(out / ".plan.lock"):  # or an older table could be written over a newer one
+        table = collect(out)
+        artifacts.write_text(out / "table.csv", table.to_csv(index=False))
+        artifacts.write_bytes(out / "table.parquet", table.to_parquet(index=False))
     return table
 
 
@@ -410,7 +502,8 @@ def best_so_far(table: pd.DataFrame) -> str:
         return ""
     row = table.loc[table[BEST].idxmax()]
     varied = [name for name in table.columns[: table.columns.get_loc("status")] if table[name].nunique() > 1]
-    return f"best {row[BEST]:.1%} on validation ({', '.join(f'{name} {row[name]}' for name in varied)})"
+    setting = ", ".join(f"{name} {row[name]}" for name in varied)
+    return f"best {row[BEST]:.1%} on validation" + (f" ({setting})" if setting else "")
 
 
 def describe_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jobs: int) -> str:
@@ -418,19 +511,20 @@ def describe_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jo
     threads = threads_per_job(jobs)
     runs = {setting.run.name for setting in settings}
     entries = [entry for name in runs if (entry := read_run(out / "runs" / name))]
-    finished = [entry["wall_seconds"] for entry in entries if entry["status"] == "finished"]
+    finished = [entry["wall_seconds"] for entry in entries if is_finished(entry)]
     left = len(runs) - len(finished)
-    shared = "" if len(runs) == len(settings) else " (at alpha 0 one run serves all temperatures)"
-    lines = [f"{notebook.name}: {len(settings)} settings, {len(runs)} runs{shared}"]
+    merged = any(setting.parameters != setting.run.parameters for setting in settings)
+    shared = " (at alpha 0 one run serves all temperatures)" if merged else ""
+    lines = [f"{notebook.name}: settings {len(settings)}, runs {len(runs)}{shared}"]
     for name in settings[0].parameters:
         values = list(dict.fromkeys(setting.parameters[name] for setting in settings))
-        if len(values) > 1 or values[0] != notebook.defaults[name]:
+        if values != [notebook.defaults[name]]:
             lines.append(f"  {name:16} {', '.join(map(str, values))}")
     estimate = "how long is known when the first has finished"
     if finished:
         estimate = f"about {left * sum(finished) / len(finished) / jobs / 60:.0f} min"
     lines.append(f"  {len(finished)} finished, {len(entries) - len(finished)} failed before, {left} to run: {estimate}")
-    lines.append(f"  {jobs} at a time, {threads} thread(s) each; results in {out}")
+    lines.append(f"  jobs {jobs}, threads in each {threads}; results in {out}")
     return "\n".join(lines)
 
 
@@ -474,24 +568,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     out = (asked.out or artifacts.artifacts_dir() / "sweeps" / asked.notebook.stem).resolve()
     try:
-        grid, fixed = _grid(asked.grid), dict(asked.parameter)
         notebook = read_notebook(asked.notebook)
-        settings = plan(notebook, grid, fixed)
+        settings = plan(notebook, _grid(asked.grid), _fixed(asked.parameter))
+        require_own_folder(out, notebook)
         print(describe_plan(notebook, settings, out, asked.jobs), flush=True)
-        if asked.dry_run:
-            return 0
-        table = sweep(asked.notebook, grid, out=out, fixed=fixed, jobs=asked.jobs)
-    except (FileNotFoundError, TypeError, ValueError, ConnectionError) as error:
+    except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped. Finished runs are kept; the same command goes on from here.", flush=True)
-        os._exit(130)  # kernels end when their parent does; a normal exit would wait for them
-    print(f"{best_so_far(table)}\n{out / 'table.csv'} and table.parquet: {len(table)} rows")
-    asked_for = table["run"].isin({setting.run.name for setting in settings})
-    failed = table[asked_for & (table["status"] == "failed")].drop_duplicates("run")
-    for row in failed.itertuples():
-        print(f"failed: {out / 'runs' / row.run / 'notebook.ipynb'}: {row.error}")
-    return 1 if len(failed) else 0
+    if asked.dry_run:
+        return 0
+    table = run_plan(notebook, settings, out, asked.jobs)
+    if best := best_so_far(table):
+        print(best)
+    print(f"{out / 'table.csv'} and table.parquet: {len(table)} rows")
+    entries = {name: read_run(out / "runs" / name) for name in dict.fromkeys(setting.run.name for setting in settings)}
+    failed = {name: entry for name, entry in entries.items() if not is_finished(entry)}
+    for name, entry in failed.items():
+        print(f"failed: {out / 'runs' / name / 'notebook.ipynb'}: {entry['error'] if entry else 'damaged'}")
+    return 1 if failed else 0
 
 
 def _grid(given: Sequence[str]) -> dict[str, list[str]]:
@@ -507,5 +600,19 @@ def _grid(given: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
+def _fixed(given: Sequence[Sequence[str]]) -> dict[str, str]:
+    """`[["epochs", "3"]]` as `{"epochs": "3"}`."""
+    fixed: dict[str, str] = {}
+    for name, value in given:
+        if name in fixed:
+            raise ValueError(f"{name} is given twice; give it once, or all its values behind one -g.")
+        fixed[name] = value
+    return fixed
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped. Finished runs are kept; the same command goes on from here.", flush=True)
+        os._exit(130)  # kernels end when their parent does; a normal exit would wait for them
