@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kd_helpers import course
+from kd_helpers import artifacts, course
 
 
 def test_readme_shows_the_stored_comparison():
@@ -81,3 +81,14 @@ def test_stored_notebooks_are_valid_json_with_a_kernel():
     for path in course.notebook_paths():
         content = json.loads(path.read_text(encoding="utf-8"))
         assert content["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def test_an_unfinished_sweep_is_not_stored(own_artifacts):
+    stored = course.ROOT / "kd_helpers" / "results" / f"{course.SWEEP}.json"
+    before = stored.read_bytes()
+    setting = {"parameters": {"alpha": 0.0, "seed": 0}, "run": "alpha=0.0"}
+    plan = {"notebook": course.SWEPT.stem, "settings": [setting]}
+    artifacts.save_json(own_artifacts / "sweeps" / course.SWEEP / "plan.json", plan)
+    with pytest.raises(RuntimeError, match=r"runs are missing: {'planned': 1}; run `make sweep`"):
+        course.store_sweep()
+    assert stored.read_bytes() == before
