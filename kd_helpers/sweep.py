@@ -503,7 +503,7 @@ def best_so_far(table: pd.DataFrame) -> str:
     row = table.loc[table[BEST].idxmax()]
     varied = [name for name in table.columns[: table.columns.get_loc("status")] if table[name].nunique() > 1]
     setting = ", ".join(f"{name} {row[name]}" for name in varied)
-    return f"best {row[BEST]:.1%} on validation" + (f" ({setting})" if setting else "")
+    return f"best single run {row[BEST]:.1%} on validation" + (f" ({setting})" if setting else "")
 
 
 def describe_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jobs: int) -> str:
@@ -520,7 +520,7 @@ def describe_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jo
         values = list(dict.fromkeys(setting.parameters[name] for setting in settings))
         if values != [notebook.defaults[name]]:
             lines.append(f"  {name:16} {', '.join(map(str, values))}")
-    estimate = "how long is known when the first has finished"
+    estimate = "an estimate comes with the first that finishes"
     if finished:
         estimate = f"about {left * sum(finished) / len(finished) / jobs / 60:.0f} min"
     lines.append(f"  {len(finished)} finished, {len(entries) - len(finished)} failed before, {left} to run: {estimate}")
@@ -534,9 +534,16 @@ def surface(table: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFram
     Returns:
         Two tables with a row for each temperature and a column for each alpha: the mean over the seeds, and half the
         width of its 95% t interval (NaN where there is one seed).
+
+    Raises:
+        ValueError: a cell holds a seed twice, so something else than the seed varies in it.
     """
     from kd_helpers.comparison import mean_interval
 
+    if table.duplicated(["temperature", "alpha", "seed"]).any():
+        raise ValueError(
+            "another parameter varies beside temperature, alpha and seed; keep the rows of one value of it."
+        )
     cells = table.groupby(["temperature", "alpha"])[metric].agg(mean_interval)
     mean, half = cells.map(lambda cell: cell[0]), cells.map(lambda cell: (cell[2] - cell[1]) / 2)
     return mean.unstack(), half.unstack()
@@ -554,7 +561,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if every run is finished, 1 if some failed. A request that can't be met exits with 2.
     """
-    parser = argparse.ArgumentParser(prog="python -m kd_helpers.sweep", description=main.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m kd_helpers.sweep",
+        description=main.__doc__.splitlines()[0],
+        epilog="Example: -g temperature=1,2 -g alpha=0,0.5,1 -p epochs 6. `papermill --help-notebook FILE` lists the "
+        "parameters. Stopped at any moment, the same command goes on from there. Exit status: 0, or 1 if a run failed.",
+    )
     parser.add_argument("notebook", type=Path, help="with a cell tagged 'parameters' that declares output_dir")
     parser.add_argument(
         "-g", "--grid", action="append", default=[], metavar="NAME=V1,V2,...", help="a parameter that varies; repeat it"

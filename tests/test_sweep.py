@@ -427,6 +427,8 @@ def test_surface_is_mean_and_half_a_t_interval():
     assert half.loc[2.0, 0.5] == pytest.approx((interval.high - interval.low) / 2)
     assert mean.loc[4.0, 0.5] == 0.5
     assert pd.isna(half.loc[4.0, 0.5])
+    with pytest.raises(ValueError, match="another parameter varies"):
+        sweep.surface(pd.DataFrame([*rows, rows[0] | {"m": 0.9}]), "m")
 
 
 def test_flatten_keeps_numbers():
@@ -436,8 +438,8 @@ def test_flatten_keeps_numbers():
 
 def test_the_best_so_far_names_what_varies():
     table = pd.DataFrame({"alpha": [0.0, 1.0], "seed": [3, 3], "status": "finished", sweep.BEST: [0.7, 0.8]})
-    assert sweep.best_so_far(table) == "best 80.0% on validation (alpha 1.0)"
-    assert sweep.best_so_far(table.head(1)) == "best 70.0% on validation"
+    assert sweep.best_so_far(table) == "best single run 80.0% on validation (alpha 1.0)"
+    assert sweep.best_so_far(table.head(1)) == "best single run 70.0% on validation"
     assert sweep.best_so_far(table.drop(columns=sweep.BEST)) == ""
 
 
