@@ -304,17 +304,6 @@ def made_with(config: DistillConfig) -> dict[str, str]:
     return versions() | {"machine": where, "date": datetime.date.today().isoformat()}
 
 
-def teacher_metrics(config: DistillConfig) -> dict[str, dict[str, float]]:
-    """The measures of `classification_metrics` of the configured teacher on `validation` and `test`."""
-    data = load_splits(config)
-    measured = {}
-    for split in ("validation", "test"):
-        texts = getattr(data, split)
-        logits = teacher_answers(config, data, split).lookup(torch.tensor(texts["id"][:]))
-        measured[split] = classification_metrics(logits, torch.tensor(texts["label"][:]))
-    return measured
-
-
 def runs_table(comparison: dict[str, Any]) -> pd.DataFrame:
     """One row a run: arm, seed and every one of `METRICS`."""
     return pd.DataFrame(comparison["runs"])[["arm", "seed", *METRICS, "seconds"]]

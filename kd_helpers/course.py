@@ -241,7 +241,7 @@ def write_readme_results() -> None:
 
 
 def store_sweep() -> None:
-    """Put the finished full sweep into the package, with what it is held against: label smoothing and the teacher.
+    """Put the finished full sweep into the package, with the label smoothing that it is held against.
 
     Raises:
         RuntimeError: some of its runs are missing.
@@ -251,7 +251,7 @@ def store_sweep() -> None:
     table = sweep.collect(artifacts.artifacts_dir() / "sweeps" / SWEEP)
     if (table["status"] != "finished").any():
         raise RuntimeError(f"runs are missing: {table['status'].value_counts().to_dict()}; run `make sweep`.")
-    parameters = table.columns[: table.columns.get_loc("status")]
+    parameters = sweep.parameter_columns(table)
     varied = [name for name in parameters if table[name].nunique() > 1]
     measures = [name for name in table.columns if name.startswith(("validation_", "test_"))]
     (fixed,) = table[parameters.drop(varied)].head(1).to_dict("records")
@@ -267,7 +267,6 @@ def store_sweep() -> None:
         "fixed": fixed,
         "runs": table[[*varied, *measures, "wall_seconds"]].to_dict("records"),
         "label_smoothing": smoothing,
-        "teacher": sweep.flatten(comparison.teacher_metrics(config)),
     }
     artifacts.save_json(ROOT / "kd_helpers" / "results" / f"{SWEEP}.json", content)
 

@@ -270,18 +270,18 @@ def run_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jobs: i
     runs = {setting.run.name: setting.run for setting in settings}
     seen = {name: read_run(out / "runs" / name) for name in runs}
     todo = [run for run in runs.values() if not is_finished(seen[run.name])]
-    threads = str(threads_per_job(jobs))
+    threads = threads_per_job(jobs)
     libraries = ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM")
     with (
         tqdm(total=len(runs), initial=len(runs) - len(todo), desc=notebook.name, unit="run") as bar,
         _environment(
-            {"TOKENIZERS_PARALLELISM": "false"} | {f"{library}_NUM_THREADS": threads for library in libraries}
+            {"TOKENIZERS_PARALLELISM": "false"} | {f"{library}_NUM_THREADS": str(threads) for library in libraries}
         ),
     ):
         bar.set_postfix_str(best_so_far(write_table(out)))
         # First what nobody is working on; then wait for what another sweep had in hand.
         for wait in (False, True):
-            for run in _execute_all(notebook, todo, seen, out, jobs, wait=wait):
+            for run in _execute_all(notebook, todo, seen, out, jobs, threads, wait=wait):
                 todo.remove(run)
                 bar.set_postfix_str(best_so_far(write_table(out)))
                 bar.update()
@@ -289,16 +289,13 @@ def run_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jobs: i
 
 
 def _execute_all(
-    notebook: Notebook, runs: Sequence[Run], seen: Mapping[str, Any], out: Path, jobs: int, *, wait: bool
+    notebook: Notebook, runs: Sequence[Run], seen: Mapping[str, Any], out: Path, jobs: int, threads: int, *, wait: bool
 ) -> Iterator[Run]:
     """Execute runs, `jobs` at a time, and yield those that are done. What can't be written is raised at the end."""
     pool = ThreadPoolExecutor(jobs)
     broken: list[OSError] = []
     try:
-        futures = {
-            pool.submit(execute, notebook, run, seen[run.name], out, threads_per_job(jobs), wait=wait): run
-            for run in runs
-        }
+        futures = {pool.submit(execute, notebook, run, seen[run.name], out, threads, wait=wait): run for run in runs}
         for future in as_completed(futures):
             try:
                 done = future.result()
@@ -496,12 +493,17 @@ def write_table(out: Path) -> pd.DataFrame:
     return table
 
 
+def parameter_columns(table: pd.DataFrame) -> pd.Index:
+    """The columns of a sweep's table that are parameters: those before `status`."""
+    return table.columns[: table.columns.get_loc("status")]
+
+
 def best_so_far(table: pd.DataFrame) -> str:
     """The best run by accuracy on validation and what is special about it; empty while there is none."""
     if BEST not in table or table[BEST].isna().all():
         return ""
     row = table.loc[table[BEST].idxmax()]
-    varied = [name for name in table.columns[: table.columns.get_loc("status")] if table[name].nunique() > 1]
+    varied = [name for name in parameter_columns(table) if table[name].nunique() > 1]
     setting = ", ".join(f"{name} {row[name]}" for name in varied)
     return f"best single run {row[BEST]:.1%} on validation" + (f" ({setting})" if setting else "")
 
