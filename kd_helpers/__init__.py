@@ -7,7 +7,7 @@
 | `models` | 02: teacher and student |
 | `losses` | 03: the loss of distillation |
 | `optim` | 04: optimiser and learning rate |
-| `teacher_logits`, `training` | 05: the loop |
+| `teacher_logits`, `lean`, `training` | 05: the loop |
 | `comparison` | 06: did it help? |
 | `sweep` | 07: which temperature, which alpha? |
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "DistillConfig": "config",

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd_helpers import __version__, artifacts
 from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, seed_everything
 from kd_helpers.data import DataSplits, evaluation_batches, load_splits, tokenize, training_batches
+from kd_helpers.lean import lean_training
 from kd_helpers.losses import DistillationLoss, distillation_loss
 from kd_helpers.models import (
     freeze,
@@ -219,11 +220,14 @@ def train(
         One entry an epoch: epoch, steps, the losses of each step and the metrics on validation.
     """
     steps = config.max_steps or config.epochs * len(batches)
-    optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = make_scheduler(optimizer, steps=steps, warmup_ratio=config.warmup_ratio)
     history: list[dict[str, Any]] = []
     done = 0
-    with tqdm(total=steps, desc=description, unit="step", leave=False) as bar:
+    with (
+        lean_training(model, batches.dataset["input_ids"][:]),
+        tqdm(total=steps, desc=description, unit="step", leave=False) as bar,
+    ):
+        optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        scheduler = make_scheduler(optimizer, steps=steps, warmup_ratio=config.warmup_ratio)
         for epoch in range(math.ceil(steps / len(batches))):
             batches.batch_sampler.set_epoch(epoch)
             losses = distill_epoch(

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_bert, tiny_distilbert
+from scipy import stats
+from torch import nn
+from torch.testing import assert_close
+
+from kd_helpers.data import evaluation_batches, training_batches
+from kd_helpers.lean import CoarseDropout, SeenRows, coarse_dropout, lean_training
+from kd_helpers.optim import make_optimizer, make_scheduler
+from kd_helpers.training import distill_epoch, predict
+
+
+@pytest.fixture(params=[tiny_bert, tiny_distilbert])
+def student(request):
+    return request.param()
+
+
+def train(model, batches, *, weight_decay: float):
+    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=weight_decay)
+    scheduler = make_scheduler(optimizer, steps=100)
+    return distill_epoch(model, batches, optimizer, scheduler, temperature=1.0, alpha=0.0)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_training_lean_gives_the_losses_and_weights_of_training_whole(student, tokenized, tokenizer):
+    whole, lean = without_dropout(student), copy.deepcopy(student)
+    batches = list(training_batches(tokenized, tokenizer, 16, seed=0))
+    expected = train(whole, batches, weight_decay=0.0)
+    with lean_training(lean, tokenized["input_ids"][:]):
+        losses = train(lean, batches, weight_decay=0.0)
+    assert_close(losses.total, expected.total, rtol=1e-5, atol=1e-6)
+    assert lean.state_dict().keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert_close(
+            lean.state_dict()[name], value, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_weight_decay_reaches_the_rows_that_occur_and_no_others(student, tokenized, tokenizer):
+    start = student.get_input_embeddings().weight.detach().clone()
+    whole, lean = without_dropout(student), copy.deepcopy(student)
+    batches = list(training_batches(tokenized, tokenizer, 16, seed=0))
+    train(whole, batches, weight_decay=0.5)
+    with lean_training(lean, tokenized["input_ids"][:]):
+        train(lean, batches, weight_decay=0.5)
+    occurring = torch.zeros(len(start), dtype=torch.bool)
+    occurring[sorted({token for text in tokenized["input_ids"][:] for token in text})] = True
+    after, expected = lean.get_input_embeddings().weight, whole.get_input_embeddings().weight
+    assert_close(after[occurring], expected[occurring], rtol=1e-3, atol=2e-5)
+    assert torch.equal(after[~occurring], start[~occurring])
+    assert not torch.equal(expected[~occurring], start[~occurring])
+
+
+def test_only_the_rows_that_occur_are_trained_within(student, tokenized):
+    table = student.get_input_embeddings()
+    texts = tokenized["input_ids"][:]
+    with lean_training(student, texts):
+        trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        assert not any(parameter is table.weight for parameter in trainable)
+        assert len({token for text in texts for token in text}) in {len(parameter) for parameter in trainable}
+    assert student.get_input_embeddings() is table
+    assert table.weight.requires_grad
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_the_model_is_itself_again_afterwards(student, tokenized, fail):
+    names = [(name, type(module)) for name, module in student.named_modules()]
+    attention = student.config._attn_implementation
+    weights = {name: value.clone() for name, value in student.state_dict().items()}
+    try:
+        with lean_training(student, tokenized["input_ids"][:]):
+            assert any(isinstance(module, CoarseDropout) for module in student.modules())
+            if fail:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fail
+    assert [(name, type(module)) for name, module in student.named_modules()] == names
+    assert student.config._attn_implementation == attention
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
+
+
+def test_texts_outside_the_training_texts_are_answered_as_ever(student, tokenized, tokenizer):
+    batches = evaluation_batches(tokenized, tokenizer, 16)
+    before = predict(student, batches)
+    with lean_training(student, tokenized["input_ids"][:3]):
+        within = predict(student, batches)
+    assert torch.equal(before.logits, within.logits)
+
+
+def test_attention_drops_weights_and_never_looks_at_padding():
+    model = tiny_bert(dropout=0.0).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 1e-9  # rounds to 0: our attention runs and drops nothing
+    texts = {
+        "input_ids": torch.tensor([[101, 2054, 2003, 102], [101, 2054, 102, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
+    other = texts | {"input_ids": torch.tensor([[101, 2054, 2003, 102], [101, 2054, 102, 2009]])}
+    expected = model.eval()(**texts).logits
+    model.train()
+    with lean_training(model, [[101, 2054, 2003, 2009, 102]]):
+        assert_close(model(**texts).logits, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(model(**texts).logits, model(**other).logits)
+        for module in model.modules():
+            if isinstance(module, CoarseDropout):
+                module.p = 0.5 if module is model.bert.encoder.layer[0].attention.self.dropout else 1e-9
+        assert not torch.equal(model(**texts).logits, model(**texts).logits)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_the_share_it_should_and_keeps_the_mean(p, dtype):
+    torch.manual_seed(0)
+    kept = coarse_dropout(torch.ones(400, 501, dtype=dtype), p)
+    assert kept.dtype == dtype
+    dropped, scaled = kept.unique().tolist()
+    assert dropped == 0
+    assert scaled == pytest.approx(torch.tensor(1, dtype=dtype).div(1 - p).item(), rel=2e-5)
+    assert stats.binomtest(int((kept == 0).sum()), kept.numel(), p).pvalue > 1e-3
+    rows, columns = (kept == 0).sum(dim=1), (kept == 0).sum(dim=0)
+    for counts, n in ((rows, 501), (columns, 400)):  # no row, column or lane of the draw is favoured
+        assert stats.chi2.sf(((counts - n * p) ** 2 / (n * p * (1 - p))).sum().item(), len(counts)) > 1e-3
+
+
+def test_dropout_repeats_with_the_seed_and_scales_the_gradient_alike():
+    values = torch.randn(7, 5, requires_grad=True)
+    torch.manual_seed(1)
+    first = coarse_dropout(values, 0.3)
+    torch.manual_seed(1)
+    assert torch.equal(first, coarse_dropout(values, 0.3))
+    assert not torch.equal(first, coarse_dropout(values, 0.3))
+    first.sum().backward()
+    assert_close(values.grad * values.detach(), first.detach())
+
+
+def test_dropout_is_off_outside_training():
+    values = torch.randn(4, 4)
+    assert torch.equal(CoarseDropout(0.5).eval()(values), values)
+    assert torch.equal(CoarseDropout(0.0)(values), values)
+    assert not CoarseDropout(1.0)(values).any()
+
+
+def test_a_table_with_padding_never_trains_the_padding_row():
+    seen = SeenRows(nn.Embedding(6, 2, padding_idx=0), [[0, 3, 5]])
+    seen(torch.tensor([[0, 3, 4]])).sum().backward()
+    assert seen.weight.shape == (2, 2)
+    assert seen.weight.grad.tolist() == [[1.0, 1.0], [0.0, 0.0]]
