@@ -2,7 +2,8 @@
 
 `run` executes them with papermill and leaves executed copies and HTML pages under `artifacts/course`.
 `store` executes them in place and keeps their outputs, without what differs from one run to the next.
-`readme` writes the stored comparison into the README, `sweep` the finished sweep of `make sweep` into the package.
+`readme` writes the stored comparison and benchmark into the README, `sweep` the finished sweep of `make sweep`
+into the package.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from kd_helpers import __version__, artifacts
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 COMMANDS = (
-    "run: executed copies and pages; store: outputs in place; readme: the stored comparison into the README; "
+    "run: executed copies and pages; store: outputs in place; readme: stored results into the README; "
     "sweep: the finished full sweep into the package"
 )
 SWEEP, SWEPT = "temperature_and_alpha", NOTEBOOKS / "05_distill_and_evaluate.ipynb"
 README_FIGURE = "kd_helpers/results/comparison.png"
-RESULTS_BEGIN, RESULTS_END = "<!-- results: written by `make results` -->", "<!-- end of results -->"
+SPEED_FIGURE = "kd_helpers/results/benchmark.png"
 FOLD_SOLUTIONS = """
 for (const cell of document.querySelectorAll(".celltag_solution")) {
   const folded = document.createElement("details");
@@ -226,18 +227,67 @@ def readme_results() -> str:
     return "\n".join([*table, "", *notes])
 
 
-def write_readme_results() -> None:
-    """Put the stored comparison into the README, as a table and as a figure."""
+def readme_benchmark() -> str:
+    """The block of the README between its `benchmark` marks, from the stored benchmark."""
+    from kd_helpers.benchmark import accuracy_gap, stored_benchmark, targets, ways_table
+
+    stored = stored_benchmark()
+    made, config = stored["made_with"], stored["config"]
+    difference, low, high = accuracy_gap(stored, "distillation", "usual loop")
+    ways = [
+        f"| {way} | {row['seconds']:.1f} | {row['times']:.2f} | {row['tokens_per_second']:,.0f} | "
+        f"{row['peak_megabytes']:,.0f} | {row['accuracy']:.1%} | {row['nll']:.3f} |"
+        for way, row in ways_table(stored).iterrows()
+    ]
+    goals = [
+        f"| {name} | {row['measured']:.2f} | {row['target']} | {'yes' if row['met'] else 'no'} |"
+        for name, row in targets(stored).iterrows()
+    ]
+    profile = ", ".join(f"{kind} {share:.0%}" for kind, share in stored["profile"].items())
+    step = stored["step"][made["precision"]]
+    return "\n".join(
+        [
+            "| way | seconds | times | tokens/s | peak MB | accuracy | NLL |",
+            "|---|---|---|---|---|---|---|",
+            *ways,
+            "",
+            f"{config['train_size']:,} tweets, {config['epochs']} epochs, batches of {config['batch_size']}; medians. "
+            "Times: over the course's distillation when the teacher's answers are there; cold asks for them first.",
+            f"Accuracy and NLL on validation; distillation minus usual loop {100 * difference:+.1f} points "
+            f"({100 * low:+.1f} to {100 * high:+.1f}).",
+            "",
+            "| ratio | measured | target | met |",
+            "|---|---|---|---|",
+            *goals,
+            "",
+            f"A step of {step['batch_size']} tweets takes {step['milliseconds']:.0f} ms and reaches "
+            f"{step['gigaflops']:,.0f} of {step['peak_gigaflops']:,.0f} GFLOP/s. Where its time goes: {profile}.",
+            f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
+            f"{made['precision']}. GPU: not measured.",
+        ]
+    )
+
+
+def write_readme() -> None:
+    """Put the stored comparison and the stored benchmark into the README, as tables and figures."""
     from kd_helpers import plots
+    from kd_helpers.benchmark import stored_benchmark, ways_table
     from kd_helpers.comparison import stored_comparison
 
     plots.use_course_style()
     figure, alt = plots.arms_figure(stored_comparison())
     figure.savefig(ROOT / README_FIGURE, dpi=110)
-    block = f"{RESULTS_BEGIN}\n![{alt}]({README_FIGURE})\n\n{readme_results()}\n{RESULTS_END}"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(RESULTS_BEGIN)
-    artifacts.write_text(ROOT / "README.md", before + block + rest.partition(RESULTS_END)[2])
+    speed, speed_alt = plots.benchmark_figure(ways_table(stored_benchmark()))
+    speed.savefig(ROOT / SPEED_FIGURE, dpi=110)
+    _write_block("results", f"![{alt}]({README_FIGURE})\n\n{readme_results()}")
+    _write_block("benchmark", f"![{speed_alt}]({SPEED_FIGURE})\n\n{readme_benchmark()}")
+
+
+def _write_block(name: str, content: str) -> None:
+    """Replace what stands in the README between the marks of that name."""
+    begin, end = f"<!-- {name}: written by `make {name}` -->", f"<!-- end of {name} -->"
+    before, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(begin)
+    artifacts.write_text(ROOT / "README.md", f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}")
 
 
 def store_sweep() -> None:
@@ -290,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no notebook is numbered {', '.join(unknown)}; there are {', '.join(numbered)}.")
     paths = [path for number, path in numbered.items() if number in (chosen.names or numbered)]
     if chosen.command == "readme":
-        write_readme_results()
+        write_readme()
         return
     if chosen.command == "sweep":
         store_sweep()

@@ -140,3 +140,27 @@ def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:
         for title, row in summary(comparison).iterrows()
     ]
     return figure, f"Teacher: accuracy {teacher['accuracy']:.3f}; " + "; ".join(described)
+
+
+def benchmark_figure(table: pd.DataFrame) -> tuple[Figure, str]:
+    """Seconds of every way of training the student: the median a bar, fastest to slowest round a line.
+
+    Args:
+        table: what `kd_helpers.benchmark.ways_table` returns.
+
+    Returns:
+        The figure, and its description for those who can't see it.
+    """
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(table) + 1.2))
+    for row, (way, values) in enumerate(table.iterrows()):
+        colour = COLOURS["student"] if way.startswith("distillation") else COLOURS["baseline"]
+        axes.barh(row, values["seconds"], color=colour, alpha=0.8, height=0.6)
+        axes.plot([values["fastest"], values["slowest"]], [row, row], color="black", linewidth=1.5)
+        axes.text(values["slowest"], row, f"  {values['seconds']:.1f} s, {values['times']:.2f} ×", va="center")
+    axes.set_yticks(range(len(table)), table.index)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.25 * table["slowest"].max())
+    axes.set(xlabel="seconds", title="The same student, the same texts, the same epochs")
+    described = [f"{way} {values['seconds']:.1f} s ({values['times']:.2f} times)" for way, values in table.iterrows()]
+    return figure, "Median seconds, and times the course's distillation: " + "; ".join(described)

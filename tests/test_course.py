@@ -10,11 +10,19 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from kd_helpers import artifacts, course
 
 
-def test_readme_shows_the_stored_comparison():
+@pytest.mark.parametrize(
+    ("name", "content", "figure"),
+    [
+        ("results", course.readme_results, course.README_FIGURE),
+        ("benchmark", course.readme_benchmark, course.SPEED_FIGURE),
+    ],
+)
+def test_readme_shows_what_is_stored(name, content, figure):
     text = (course.ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split(course.RESULTS_BEGIN)[1].split(course.RESULTS_END)[0]
-    assert course.readme_results() in block
-    assert (course.ROOT / course.README_FIGURE).exists()
+    block = text.split(f"<!-- {name}: written by `make {name}` -->")[1].split(f"<!-- end of {name} -->")[0]
+    assert content() in block
+    assert f"]({figure})" in block
+    assert (course.ROOT / figure).exists()
 
 
 def test_readme_names_every_notebook_and_every_command():

@@ -1,0 +1,606 @@
+"""How fast is the course's loop? `python -m kd_helpers.benchmark` measures it against the usual ways.
+
+Every way trains the same student from the same start on the same texts for the same number of epochs. The ways
+take turns, round after round, so that a machine that slows down slows all of them, and what is compared is the
+ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import pandas as pd
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_linear_schedule_with_warmup,
+)
+
+from kd_helpers import artifacts
+from kd_helpers.comparison import made_with, mean_interval
+from kd_helpers.config import PACKAGED_MODEL, DistillConfig, seed_everything
+from kd_helpers.data import PAD_TO_MULTIPLE_OF, evaluation_batches, load_splits, tokenize, training_batches
+from kd_helpers.lean import lean_training
+from kd_helpers.losses import distillation_loss
+from kd_helpers.models import freeze, load_student, load_tokenizer, model_inputs, random_like
+from kd_helpers.optim import make_optimizer, make_scheduler
+from kd_helpers.teacher_logits import TeacherLogits, attach, cached_logits
+from kd_helpers.training import Batch, distill_epoch, evaluate, fine_tuned_teacher, machine
+
+SHAPES = ("offline", "bert")
+SWEEP = [(temperature, alpha) for temperature in (1.0, 2.0, 4.0, 8.0) for alpha in (0.3, 0.5, 0.9)]
+STEP_BATCH_SIZE = 64  # at which the share of the matrix units' peak is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all ways share.
+
+    Attributes:
+        config: temperature, alpha, epochs, batch size, learning rate.
+        teacher: frozen.
+        student: makes the student of a seed, as it is before training.
+        tokenizer: of both.
+        texts: the tokenized training texts with the teacher's logits.
+        validation: batches on which each trained student is measured, off the clock.
+        device: where it runs.
+        precision: of the ways that choose it.
+    """
+
+    config: DistillConfig
+    teacher: PreTrainedModel
+    student: Callable[[int], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    texts: datasets.Dataset
+    validation: DataLoader[Any]
+    device: torch.device
+    precision: torch.dtype
+
+
+def prepare(shape: str, config: DistillConfig) -> Bench:
+    """Teacher, student and texts; what the ways need before the clock starts.
+
+    Args:
+        shape: "offline" trains the course's student from its fine-tuned teacher; "bert" takes models of the shape
+            of BERT-base and DistilBERT with random weights, which take as long as trained ones.
+        config: sizes and settings.
+    """
+    device, precision = machine(config)
+    tokenizer = load_tokenizer(PACKAGED_MODEL)
+    data = load_splits(config)
+    if shape == "bert":
+        teacher = freeze(BertForSequenceClassification(BertConfig(num_labels=3))).to(device)
+        base = DistilBertForSequenceClassification(DistilBertConfig(num_labels=3))
+    else:
+        teacher = fine_tuned_teacher(config, data, tokenizer)
+        base = None
+
+    def student(seed: int) -> PreTrainedModel:
+        fresh = (
+            load_student(config.replace(seed=seed), data.label_names) if base is None else random_like(base, seed=seed)
+        )
+        return fresh.to(device)
+
+    texts = tokenize(data.student_train, tokenizer, config.max_length)
+    return Bench(
+        config=config,
+        teacher=teacher,
+        student=student,
+        tokenizer=tokenizer,
+        texts=attach(texts, ask_once(teacher, texts, tokenizer, precision)),
+        validation=evaluation_batches(tokenize(data.validation, tokenizer, config.max_length), tokenizer),
+        device=device,
+        precision=precision,
+    )
+
+
+def usual_loop(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The loop of most tutorials: the teacher reads every batch, batches at random, float32, AdamW as it comes."""
+    config = bench.config
+    columns = [name for name in bench.texts.column_names if name not in ("id", "length", "teacher_logits")]
+    batches = DataLoader(
+        bench.texts.select_columns(columns),
+        batch_size=config.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=DataCollatorWithPadding(bench.tokenizer),
+    )
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, config.epochs * len(batches))
+    student.train()
+    running = 0.0
+    for _ in range(config.epochs):
+        for batch in batches:
+            with torch.no_grad():
+                teacher_logits = bench.teacher(**model_inputs(bench.teacher, batch)).logits
+            loss = _loss(bench, student(**model_inputs(student, batch)).logits, teacher_logits, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            running += loss.item()
+
+
+def hugging_face_trainer(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """`transformers.Trainer` with the teacher in `compute_loss`, its own grouping by length and mixed precision."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments  # here, since they load much of the library
+
+    class OnlineDistillation(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any) -> Any:
+            with torch.no_grad():
+                teacher_logits = bench.teacher(**model_inputs(bench.teacher, inputs)).logits
+            outputs = model(**model_inputs(model, inputs))
+            loss = _loss(bench, outputs.logits, teacher_logits, inputs)
+            return (loss, outputs) if return_outputs else loss
+
+    config = bench.config
+    columns = [name for name in bench.texts.column_names if name not in ("id", "teacher_logits")]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            bf16=bench.precision == torch.bfloat16,
+            use_cpu=bench.device.type == "cpu",
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            seed=seed,
+        )
+        trainer = OnlineDistillation(
+            model=student,
+            args=arguments,
+            train_dataset=bench.texts.select_columns(columns),
+            data_collator=DataCollatorWithPadding(bench.tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def plain_fine_tuning(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The course's loop with alpha 0: what training the student costs when nobody teaches."""
+    _train(bench, student, bench.texts, seed, alpha=0.0)
+
+
+def distillation_cold(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The course's loop on a machine that has no answers of the teacher yet."""
+    _train(bench, student, _with_fresh_answers(bench), seed, alpha=bench.config.alpha)
+
+
+def distillation_warm(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The course's loop when the teacher's answers are there, as in every run but the first."""
+    _train(bench, student, bench.texts, seed, alpha=bench.config.alpha)
+
+
+def distillation_float32(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The same in float32, for the accuracy that the faster precision must not lose."""
+    single = dataclasses.replace(bench, precision=torch.float32)
+    _train(single, student, bench.texts, seed, alpha=bench.config.alpha)
+
+
+def distillation_compiled(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The same with the student compiled by `torch.compile`, compilation included."""
+    torch.compiler.reset()
+    forward = student.forward
+    student.forward = torch.compile(forward, dynamic=True)
+    try:
+        _train(bench, student, bench.texts, seed, alpha=bench.config.alpha)
+    finally:
+        student.forward = forward
+
+
+WAYS: dict[str, Callable[[Bench, PreTrainedModel, int], None]] = {
+    "usual loop": usual_loop,
+    "Trainer, online teacher": hugging_face_trainer,
+    "distillation, float32": distillation_float32,
+    "distillation, cold": distillation_cold,
+    "distillation": distillation_warm,
+    "fine-tuning": plain_fine_tuning,
+}
+COMPILED = {"distillation, compiled": distillation_compiled}
+
+
+def ask_once(
+    teacher: PreTrainedModel, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, precision: torch.dtype
+) -> TeacherLogits:
+    """The teacher's logits, asked for in an empty artifacts folder, and so never found."""
+    with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, KD_ARTIFACTS=empty):
+        return cached_logits(teacher, texts, tokenizer, precision=precision)
+
+
+def _with_fresh_answers(bench: Bench) -> datasets.Dataset:
+    return attach(bench.texts, ask_once(bench.teacher, bench.texts, bench.tokenizer, bench.precision))
+
+
+def _loss(bench: Bench, student_logits: torch.Tensor, teacher_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    labels = batch["labels"].to(student_logits.device)
+    settings = {"temperature": bench.config.temperature, "alpha": bench.config.alpha}
+    return distillation_loss(student_logits, teacher_logits, labels, **settings).total
+
+
+def _train(
+    bench: Bench,
+    student: PreTrainedModel,
+    texts: datasets.Dataset,
+    seed: int,
+    *,
+    alpha: float,
+    temperature: float | None = None,
+) -> None:
+    config = bench.config
+    batches = training_batches(texts, bench.tokenizer, config.batch_size, seed=seed)
+    with lean_training(student, texts["input_ids"][:]):
+        optimizer = make_optimizer(student, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        scheduler = make_scheduler(optimizer, steps=config.epochs * len(batches))
+        for epoch in range(config.epochs):
+            batches.batch_sampler.set_epoch(epoch)
+            distill_epoch(
+                student,
+                batches,
+                optimizer,
+                scheduler,
+                temperature=temperature or config.temperature,
+                alpha=alpha,
+                precision=bench.precision,
+                max_grad_norm=config.max_grad_norm,
+            )
+
+
+def measure(bench: Bench, ways: dict[str, Callable[..., None]], rounds: int) -> pd.DataFrame:
+    """Let the ways take turns.
+
+    Returns:
+        One row a way and round: `seconds`, `tokens_per_second` (padding not counted), `peak_megabytes` of the process
+        or the GPU (NaN where it can't be read), and accuracy and NLL on validation.
+    """
+    rows = []
+    tokens = bench.config.epochs * sum(bench.texts["length"][:])
+    turns = tqdm([(turn, name) for turn in range(rounds) for name in ways], desc="Benchmark", unit="run", leave=False)
+    for turn, name in turns:
+        turns.set_postfix_str(name)
+        student = bench.student(turn)
+        seed_everything(turn)
+        with peak_memory(bench.device) as memory:
+            seconds = timed(
+                lambda name=name, student=student, turn=turn: ways[name](bench, student, turn), bench.device
+            )
+        measures = evaluate(student, bench.validation, bench.precision)
+        rows.append(
+            {
+                "way": name,
+                "round": turn,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                **memory,
+                "accuracy": measures["accuracy"],
+                "nll": measures["nll"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `work` takes, until the device is done."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """Fill in `peak_megabytes` within: of the GPU, or of the whole process where Linux tells."""
+    found = {"peak_megabytes": float("nan")}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found["peak_megabytes"] = torch.cuda.max_memory_allocated() / 1e6
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+    yield found
+    with contextlib.suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text().splitlines()
+        found["peak_megabytes"] = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1e3
+
+
+def sweep_cost(bench: Bench) -> dict[str, float]:
+    """What twelve settings of T and alpha cost, the teacher's answers included, against twelve plain trainings.
+
+    Returns:
+        `settings`, `sweep_seconds`, `plain_seconds` and their `ratio`.
+    """
+    answered: list[datasets.Dataset] = []
+    sweep = timed(lambda: answered.append(_with_fresh_answers(bench)), bench.device)
+    plain = 0.0
+    for temperature, alpha in tqdm(SWEEP, desc="Sweep", unit="setting", leave=False):
+        options = {"alpha": alpha, "temperature": temperature}
+        distil = functools.partial(_train, bench, bench.student(0), answered[0], 0, **options)
+        fine_tune = functools.partial(_train, bench, bench.student(0), bench.texts, 0, alpha=0.0)
+        sweep += timed(distil, bench.device)
+        plain += timed(fine_tune, bench.device)
+    return {"settings": len(SWEEP), "sweep_seconds": sweep, "plain_seconds": plain, "ratio": sweep / plain}
+
+
+def step_share(bench: Bench, precision: torch.dtype, repeats: int = 30) -> dict[str, float]:
+    """How much of the device's peak a step of the student reaches, on a batch of the middle length.
+
+    Returns:
+        `batch_size`, `tokens` (padding included), `gigaflop` of a step, `milliseconds` (median), `gigaflops` a second,
+        `peak_gigaflops` a second of the fastest large matrix product, and their ratio `share`.
+    """
+    student, batch = bench.student(0), _middle_batch(bench)
+    with lean_training(student, bench.texts["input_ids"][:]):
+        step = _stepper(bench, student, batch, precision)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        seconds = statistics.median(timed(step, bench.device) for _ in range(repeats))
+    peak = matrix_peak(bench.device, precision)
+    reached = counter.get_total_flops() / seconds
+    return {
+        "batch_size": len(batch["labels"]),
+        "tokens": batch["input_ids"].numel(),
+        "gigaflop": counter.get_total_flops() / 1e9,
+        "milliseconds": 1e3 * seconds,
+        "gigaflops": reached / 1e9,
+        "peak_gigaflops": peak / 1e9,
+        "share": reached / peak,
+    }
+
+
+def matrix_peak(device: torch.device, precision: torch.dtype) -> float:
+    """Floating-point operations a second of the fastest of some square matrix products."""
+    best = 0.0
+    for size in (1024, 2048, 4096):
+        left, right = (torch.randn(size, size, device=device).to(precision) for _ in range(2))
+        seconds = min(timed(lambda left=left, right=right: left @ right, device) for _ in range(8))
+        best = max(best, 2 * size**3 / seconds)
+    return best
+
+
+# What the kernels of a step are for; the names are PyTorch's.
+KERNELS = {
+    "matrix products": ("mm", "addmm", "bmm", "scaled_dot_product"),
+    "copies and casts": ("copy_", "_to_copy", "clone", "cat"),
+    "AdamW": ("_fused_adamw_", "zero_grad", "AdamW"),
+    "gradient norm and clipping": ("linalg_vector_norm", "_foreach_norm", "mul_", "_foreach_mul_"),
+    "random numbers": ("random_", "bernoulli_", "native_dropout"),
+    "embedding table": ("embedding", "index", "fill_", "where"),
+    "GELU, softmax, LayerNorm": ("gelu", "_softmax", "native_layer_norm", "log_softmax"),
+}
+
+
+def step_profile(bench: Bench, repeats: int = 20) -> dict[str, float]:
+    """Where the time of a step of the student goes: the share of each kind of kernel (torch.profiler, by itself)."""
+    student, batch = bench.student(0), _middle_batch(bench)
+    on_gpu = bench.device.type == "cuda"
+    with lean_training(student, bench.texts["input_ids"][:]):
+        step = _stepper(bench, student, batch, bench.precision)
+        step()
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+            for _ in range(repeats):
+                step()
+    microseconds: dict[str, float] = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for event in profiled.key_averages():
+        microseconds[_kind(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    total = sum(microseconds.values())
+    return {kind: value / total for kind, value in sorted(microseconds.items(), key=lambda item: -item[1])}
+
+
+def _kind(kernel: str) -> str:
+    name = kernel.removeprefix("aten::")
+    for kind, names in KERNELS.items():
+        if any(name == known or (len(known) > 3 and known in name) for known in names):
+            return kind
+    return "other"
+
+
+def _middle_batch(bench: Bench) -> Batch:
+    by_length = sorted(range(len(bench.texts)), key=bench.texts["length"].__getitem__)
+    start = max(0, len(by_length) // 2 - STEP_BATCH_SIZE // 2)
+    middle = bench.texts.select(by_length[start : start + STEP_BATCH_SIZE])
+    return next(iter(evaluation_batches(middle, bench.tokenizer, STEP_BATCH_SIZE)))
+
+
+def _stepper(bench: Bench, student: PreTrainedModel, batch: Batch, precision: torch.dtype) -> Callable[[], Any]:
+    """One optimiser step on one batch, made ready once."""
+    optimizer = make_optimizer(student, learning_rate=bench.config.learning_rate, weight_decay=0.01)
+    scheduler = make_scheduler(optimizer, steps=1_000_000)
+    settings = {"temperature": bench.config.temperature, "alpha": bench.config.alpha, "precision": precision}
+    return lambda: distill_epoch(student, [batch], optimizer, scheduler, **settings)
+
+
+def run(shape: str, config: DistillConfig, *, rounds: int, compiled: bool) -> dict[str, Any]:
+    """The whole benchmark.
+
+    Returns:
+        JSON-ready: `made_with`, `shape`, `config`, `ways` (see `measure`), `sweep` (see `sweep_cost`), `step` by
+        precision (see `step_share`) and `profile` (see `step_profile`).
+    """
+    bench = prepare(shape, config)
+    for way in WAYS.values():  # first calls load libraries and make kernels
+        short = dataclasses.replace(bench, texts=bench.texts.select(range(min(64, len(bench.texts)))))
+        way(short, bench.student(0), 0)
+    measured = [measure(bench, WAYS, rounds)]
+    if compiled:
+        measured.append(measure(bench, COMPILED, rounds=1))
+    precisions = dict.fromkeys([bench.precision, torch.float32])
+    return {
+        "made_with": made_with(config)
+        | {
+            "precision": _name(bench.precision),
+            "threads": torch.get_num_threads(),
+            "processor": processor(bench.device),
+        },
+        "shape": shape,
+        "config": config.to_dict(),
+        "tokens": sum(bench.texts["length"][:]),
+        "ways": pd.concat(measured).to_dict("records"),
+        "sweep": sweep_cost(bench),
+        "step": {_name(precision): step_share(bench, precision) for precision in precisions},
+        "profile": step_profile(bench),
+    }
+
+
+def _name(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
+
+
+def processor(device: torch.device) -> str:
+    """The name of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    return platform.processor() or "unknown"
+
+
+def ways_table(result: dict[str, Any]) -> pd.DataFrame:
+    """One row a way, medians over the rounds, fastest last.
+
+    Returns:
+        `seconds` with `fastest` and `slowest` round, `times` (its time over the course's distillation, within a
+        round), `tokens_per_second`, `peak_megabytes`, mean `accuracy` and `nll`.
+    """
+    measured = pd.DataFrame(result["ways"])
+    seconds = measured.pivot(index="round", columns="way", values="seconds")
+    table = measured.groupby("way").agg(
+        seconds=("seconds", "median"),
+        fastest=("seconds", "min"),
+        slowest=("seconds", "max"),
+        tokens_per_second=("tokens_per_second", "median"),
+        peak_megabytes=("peak_megabytes", "median"),
+        accuracy=("accuracy", "mean"),
+        nll=("nll", "mean"),
+    )
+    table.insert(3, "times", seconds.div(seconds["distillation"], axis=0).median())
+    return table.sort_values("seconds", ascending=False)
+
+
+def ratio(result: dict[str, Any], way: str, other: str) -> float:
+    """Time of one way over that of another: median of the ratios within a round."""
+    seconds = pd.DataFrame(result["ways"]).pivot(index="round", columns="way", values="seconds")
+    return float((seconds[way] / seconds[other]).median())
+
+
+def accuracy_gap(result: dict[str, Any], way: str, other: str) -> tuple[float, float, float]:
+    """Accuracy on validation of one way minus that of another, seed by seed: mean, low and high (95%)."""
+    accuracy = pd.DataFrame(result["ways"]).pivot(index="round", columns="way", values="accuracy")
+    return mean_interval(accuracy[way] - accuracy[other])
+
+
+def targets(result: dict[str, Any]) -> pd.DataFrame:
+    """What the course's loop is meant to reach: `measured`, `target` and whether it is `met`."""
+    share = result["step"][result["made_with"]["precision"]]["share"]
+    rows = [
+        ("distillation / fine-tuning", ratio(result, "distillation", "fine-tuning"), "≤", 1.03),
+        ("usual loop / distillation", ratio(result, "usual loop", "distillation"), "≥", 6.0),
+        ("usual loop / distillation, cold", ratio(result, "usual loop", "distillation, cold"), "≥", 6.0),
+        ("Trainer / distillation", ratio(result, "Trainer, online teacher", "distillation"), "≥", 2.0),
+        (f"share of peak, step of {STEP_BATCH_SIZE}", share, "≥", 0.4),
+        (f"{len(SWEEP)} settings / {len(SWEEP)} fine-tunings", result["sweep"]["ratio"], "≤", 1.08),
+    ]
+    table = pd.DataFrame(rows, columns=["", "measured", "sign", "target"]).set_index("")
+    below = table["measured"] <= table["target"]
+    table["met"] = below.where(table["sign"] == "≤", table["measured"] >= table["target"])
+    table["target"] = table["sign"] + " " + table["target"].map("{:g}".format)
+    return table.drop(columns="sign")
+
+
+def report(result: dict[str, Any]) -> str:
+    """The benchmark as plain text."""
+    made, config = result["made_with"], result["config"]
+    difference, low, high = accuracy_gap(result, "distillation", "usual loop")
+    step = "\n".join(
+        f"  {precision:9} {row['milliseconds']:7.1f} ms, "
+        f"{row['gigaflops']:,.0f} of {row['peak_gigaflops']:,.0f} GFLOP/s: {row['share']:.1%}"
+        for precision, row in result["step"].items()
+    )
+    where = "\n".join(f"  {kind:28} {share:6.1%}" for kind, share in result["profile"].items())
+    return f"""{made["processor"]}, {made["threads"]} threads, torch {made["torch"]}, {made["precision"]}
+shape {result["shape"]}: {config["train_size"]:,} texts, {config["epochs"]} epochs, batches of {config["batch_size"]}
+
+{ways_table(result).round(3).to_string(index_names=False)}
+
+accuracy, distillation minus usual loop: {difference:+.3f} ({low:+.3f} to {high:+.3f})
+
+A step of the student, {STEP_BATCH_SIZE} texts
+{step}
+
+Where its time goes
+{where}
+
+{targets(result).round(3).to_string()}
+"""
+
+
+def stored_benchmark() -> dict[str, Any]:
+    """The benchmark that comes with the course, made by `make benchmark`."""
+    return json.loads(importlib.resources.files("kd_helpers").joinpath("results/benchmark.json").read_text("utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the course's loop against the usual ways; write benchmark.json and benchmark.png."""
+    from kd_helpers import plots
+
+    parser = argparse.ArgumentParser(prog="python -m kd_helpers.benchmark", description=main.__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="offline", help="of the models; bert has random weights")
+    parser.add_argument("--texts", type=int, default=1000, help="labelled tweets to train on")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5, help="how often the ways take turns; each has its own seed")
+    parser.add_argument("--compile", action="store_true", help="also train a student compiled by torch.compile")
+    parser.add_argument("--out", type=Path, default=None, help="folder; artifacts/benchmark when left out")
+    chosen = parser.parse_args(arguments)
+    if chosen.rounds < 1:
+        parser.error(f"--rounds is {chosen.rounds}; give at least 1.")
+    try:
+        config = DistillConfig(train_size=chosen.texts, epochs=chosen.epochs, batch_size=chosen.batch_size)
+    except ValueError as error:
+        parser.error(str(error))
+    result = run(chosen.shape, config, rounds=chosen.rounds, compiled=chosen.compile)
+    folder = chosen.out or artifacts.artifacts_dir() / "benchmark"
+    artifacts.save_json(folder / "benchmark.json", result)
+    plots.use_course_style()
+    figure, _ = plots.benchmark_figure(ways_table(result))
+    figure.savefig(folder / "benchmark.png", dpi=110)
+    print(report(result) + f"\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    main()
