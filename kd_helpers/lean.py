@@ -29,10 +29,10 @@ def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) ->
     Args:
         model: changed in place while the context lasts: make the optimiser inside. Its embedding table becomes
             `SeenRows`; on a CPU its dropout becomes `CoarseDropout`, in the layers and in attention.
-        token_ids: the token ids of each training text. Other texts can be asked about at any time.
+        token_ids: the token ids of each training text. In eval mode any other text can be asked about as well.
     """
     table, attention = model.get_input_embeddings(), model.config._attn_implementation
-    seen = SeenRows(table, token_ids)
+    seen = SeenRows(table, token_ids).train(model.training)
     model.set_input_embeddings(seen)
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu:
@@ -56,21 +56,26 @@ class SeenRows(nn.Module):
 
     Args:
         table: the whole table, `[V, H]`; it is frozen, and holds the trained rows again after `write_back`.
-        token_ids: the token ids of each training text.
+        token_ids: the token ids of each training text; the padding's row counts as one that occurs.
     """
 
     def __init__(self, table: nn.Embedding, token_ids: Iterable[Sequence[int]]) -> None:
         super().__init__()
-        occurring = set(itertools.chain.from_iterable(token_ids)) - {table.padding_idx}
+        occurring = set(itertools.chain.from_iterable(token_ids))
+        if table.padding_idx is not None:
+            occurring.add(table.padding_idx)
         self.table = table.requires_grad_(False)
         self.weight = nn.Parameter(table.weight[sorted(occurring)])
         rows = torch.full((table.num_embeddings,), -1, device=table.weight.device)
         rows[sorted(occurring)] = torch.arange(len(occurring), device=rows.device)
         self.register_buffer("rows", rows, persistent=False)
+        self.padding_row = None if table.padding_idx is None else int(rows[table.padding_idx])
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids `[N, L]` to vectors `[N, L, H]`: trained rows where there are, frozen rows elsewhere."""
+        """Token ids `[N, L]` to vectors `[N, L, H]`. In training they must occur in the training texts."""
         rows = self.rows[input_ids]
+        if self.training:
+            return F.embedding(rows, self.weight, padding_idx=self.padding_row)
         trained = F.embedding(rows.clamp(min=0), self.weight)
         return torch.where((rows >= 0).unsqueeze(-1), trained, self.table(input_ids))
 

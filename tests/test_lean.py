@@ -55,7 +55,7 @@ def test_weight_decay_reaches_the_rows_that_occur_and_no_others(student, tokeniz
     with lean_training(lean, tokenized["input_ids"][:]):
         train(lean, batches, weight_decay=0.5)
     occurring = torch.zeros(len(start), dtype=torch.bool)
-    occurring[sorted({token for text in tokenized["input_ids"][:] for token in text})] = True
+    occurring[[*sorted({token for text in tokenized["input_ids"][:] for token in text}), 0]] = True  # 0 pads
     after, expected = lean.get_input_embeddings().weight, whole.get_input_embeddings().weight
     assert_close(after[occurring], expected[occurring], rtol=1e-3, atol=2e-5)
     assert torch.equal(after[~occurring], start[~occurring])
@@ -68,7 +68,7 @@ def test_only_the_rows_that_occur_are_trained_within(student, tokenized):
     with lean_training(student, texts):
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         assert not any(parameter is table.weight for parameter in trainable)
-        assert len({token for text in texts for token in text}) in {len(parameter) for parameter in trainable}
+        assert len({token for text in texts for token in text} | {0}) in {len(parameter) for parameter in trainable}
     assert student.get_input_embeddings() is table
     assert table.weight.requires_grad
 
@@ -152,8 +152,14 @@ def test_dropout_is_off_outside_training():
     assert not CoarseDropout(1.0)(values).any()
 
 
-def test_a_table_with_padding_never_trains_the_padding_row():
-    seen = SeenRows(nn.Embedding(6, 2, padding_idx=0), [[0, 3, 5]])
-    seen(torch.tensor([[0, 3, 4]])).sum().backward()
-    assert seen.weight.shape == (2, 2)
-    assert seen.weight.grad.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+def test_the_row_of_the_padding_gets_no_gradient():
+    seen = SeenRows(nn.Embedding(6, 2, padding_idx=0), [[3, 5]])
+    seen(torch.tensor([[3, 0]])).sum().backward()
+    assert seen.weight.grad.tolist() == [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+
+
+def test_training_on_a_token_that_does_not_occur_is_an_error():
+    seen = SeenRows(nn.Embedding(6, 2, padding_idx=0), [[3, 5]])
+    with pytest.raises(IndexError):
+        seen(torch.tensor([[4]]))
+    assert seen.eval()(torch.tensor([[4]])).shape == (1, 1, 2)
