@@ -229,15 +229,16 @@ def readme_results() -> str:
 
 def readme_benchmark() -> str:
     """The block of the README between its `benchmark` marks, from the stored benchmark."""
-    from kd_helpers.benchmark import accuracy_gap, stored_benchmark, targets, ways_table
+    from kd_helpers.benchmark import DESCRIPTIONS, accuracy_gap, stored_benchmark, targets, ways_table
 
     stored = stored_benchmark()
-    made, config = stored["made_with"], stored["config"]
+    made, config, seconds = stored["made_with"], stored["config"], stored["compile"]
+    table, rounds = ways_table(stored), len({row["round"] for row in stored["ways"]})
     difference, low, high = accuracy_gap(stored, "distillation", "usual loop")
     ways = [
         f"| {way} | {row['seconds']:.1f} | {row['times']:.2f} | {row['tokens_per_second']:,.0f} | "
         f"{row['peak_megabytes']:,.0f} | {row['accuracy']:.1%} | {row['nll']:.3f} |"
-        for way, row in ways_table(stored).iterrows()
+        for way, row in table.iterrows()
     ]
     goals = [
         f"| {name} | {row['measured']:.2f} | {row['target']} | {'yes' if row['met'] else 'no'} |"
@@ -247,23 +248,29 @@ def readme_benchmark() -> str:
     step = stored["step"][made["precision"]]
     return "\n".join(
         [
-            "| way | seconds | times | tokens/s | peak MB | accuracy | NLL |",
+            "| way | seconds | times | tokens/s | MB | accuracy | NLL |",
             "|---|---|---|---|---|---|---|",
             *ways,
             "",
-            f"{config['train_size']:,} tweets, {config['epochs']} epochs, batches of {config['batch_size']}; medians. "
-            "Times: over the course's distillation when the teacher's answers are there; cold asks for them first.",
-            f"Accuracy and NLL on validation; distillation minus usual loop {100 * difference:+.1f} points "
-            f"({100 * low:+.1f} to {100 * high:+.1f}).",
+            *(f"- *{way}*: {says}." for way, says in DESCRIPTIONS.items()),
             "",
-            "| ratio | measured | target | met |",
+            f"{config['train_size']:,} tweets, {config['epochs']} epochs, batches of {config['batch_size']}. Seconds, "
+            f"tokens without padding and MB held at the peak: medians of {rounds} rounds, each with a seed of its own.",
+            "Times: median ratio to *distillation* within a round. Accuracy and NLL on validation: means; distillation "
+            f"minus usual loop {100 * difference:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}).",
+            "",
+            "| aim | measured | target | met |",
             "|---|---|---|---|",
             *goals,
             "",
             f"A step of {step['batch_size']} tweets takes {step['milliseconds']:.0f} ms and reaches "
-            f"{step['gigaflops']:,.0f} of {step['peak_gigaflops']:,.0f} GFLOP/s. Where its time goes: {profile}.",
+            f"{step['gigaflops']:,.0f} GFLOP/s; the fastest large matrix product {step['peak_gigaflops']:,.0f}.",
+            f"Where the time of a step goes: {profile}.",
+            f"With `torch.compile` the same training takes {seconds['compiled_first']:.0f} s the first time, "
+            f"compilation included, {seconds['compiled_again']:.1f} s again and {seconds['uncompiled']:.1f} s without "
+            "(one run each), so it is off.",
             f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
-            f"{made['precision']}. GPU: not measured.",
+            f"{made['precision']}.",
         ]
     )
 
@@ -286,7 +293,10 @@ def write_readme() -> None:
 def _write_block(name: str, content: str) -> None:
     """Replace what stands in the README between the marks of that name."""
     begin, end = f"<!-- {name}: written by `make {name}` -->", f"<!-- end of {name} -->"
-    before, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(begin)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if (text.count(begin), text.count(end)) != (1, 1):
+        raise ValueError(f"README.md must hold {begin!r} and {end!r} once each.")
+    before, _, rest = text.partition(begin)
     artifacts.write_text(ROOT / "README.md", f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}")
 
 

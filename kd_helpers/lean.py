@@ -1,8 +1,8 @@
 """Chapter 05: what a training step can leave out.
 
-In a small student's step on a CPU the matrix products take a quarter of the time. Most of the rest is spent on
-rows of the embedding table that no text contains, and on random numbers far finer than dropout needs.
-`lean_training` leaves both out while a model trains; afterwards the model is as before, only trained.
+On a CPU the matrix products are the lesser part of a small student's step. Two other parts teach nothing: the work
+on rows of the embedding table that no training text contains, and random numbers finer than dropout needs.
+`lean_training` leaves them out while a model trains; afterwards it is an ordinary model again.
 """
 
 from __future__ import annotations
@@ -24,28 +24,42 @@ ATTENTION = "lean"
 
 @contextlib.contextmanager
 def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -> Iterator[None]:
-    """Train `model` on these texts within, in less time and to the same result.
+    """Train `model` on these texts within, in less time.
+
+    Losses and gradients are those of ordinary training, with two differences: rows of the embedding table that do not
+    occur keep their values instead of being shrunk by weight decay, and on a CPU dropout draws other masks.
 
     Args:
-        model: changed in place while the context lasts: make the optimiser inside. Its embedding table becomes
-            `SeenRows`; on a CPU its dropout becomes `CoarseDropout`, in the layers and in attention.
+        model: changed in place while the context lasts: make the optimiser inside, save the model outside. Its
+            embedding table becomes `SeenRows`; on a CPU its dropout becomes `CoarseDropout`, and so in attention.
         token_ids: the token ids of each training text. In eval mode any other text can be asked about as well.
+
+    Raises:
+        ValueError: the model's output layer shares the embedding table.
     """
-    table, attention = model.get_input_embeddings(), model.config._attn_implementation
+    table = model.get_input_embeddings()
+    if (output := model.get_output_embeddings()) is not None and output.weight is table.weight:
+        raise ValueError(
+            "the output layer shares the embedding table, which must then be trained whole; train as usual."
+        )
     seen = SeenRows(table, token_ids).train(model.training)
-    model.set_input_embeddings(seen)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu:
-        model.set_attn_implementation(ATTENTION)
-        _replace_dropout(model, nn.Dropout, CoarseDropout)
-    try:
+    with contextlib.ExitStack() as undo:  # last in, first out: the trained rows are put back into the table first
+        undo.callback(model.set_input_embeddings, table)
+        model.set_input_embeddings(seen)
+        if table.weight.device.type == "cpu":
+            undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+            model.set_attn_implementation(ATTENTION)
+            dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
+            undo.callback(_become, dropouts, nn.Dropout)
+            _become(dropouts, CoarseDropout)
+        undo.callback(seen.write_back)
         yield
-    finally:
-        if on_cpu:
-            _replace_dropout(model, CoarseDropout, nn.Dropout)
-            model.set_attn_implementation(attention)
-        seen.write_back()
-        model.set_input_embeddings(table)
+
+
+def _become(modules: Iterable[nn.Module], kind: type[nn.Module]) -> None:
+    """Change what modules compute and nothing else about them; both kinds have the same attributes."""
+    for module in modules:
+        module.__class__ = kind
 
 
 class SeenRows(nn.Module):
@@ -64,8 +78,9 @@ class SeenRows(nn.Module):
         occurring = set(itertools.chain.from_iterable(token_ids))
         if table.padding_idx is not None:
             occurring.add(table.padding_idx)
+        self.trainable = table.weight.requires_grad
+        self.weight = nn.Parameter(table.weight[sorted(occurring)], requires_grad=self.trainable)
         self.table = table.requires_grad_(False)
-        self.weight = nn.Parameter(table.weight[sorted(occurring)])
         rows = torch.full((table.num_embeddings,), -1, device=table.weight.device)
         rows[sorted(occurring)] = torch.arange(len(occurring), device=rows.device)
         self.register_buffer("rows", rows, persistent=False)
@@ -81,18 +96,20 @@ class SeenRows(nn.Module):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Put the trained rows into the whole table and make it trainable again."""
+        """Put the trained rows into the whole table, which is trainable again if it was."""
         self.table.weight[self.rows >= 0] = self.weight
-        self.table.requires_grad_(True)
+        self.table.requires_grad_(self.trainable)
 
 
 def coarse_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
     """Set each value to 0 with probability p and scale the others by 1 / (1 − p), as in training.
 
-    torch draws a number of 32 bits or more for every value. 16 bits tell p = 0.1 from 0.10001, and four such numbers
-    come with one draw, so that on a CPU this takes less than a third of the time. p is rounded to a multiple of 2⁻¹⁶.
+    torch draws a number of 32 bits or more for every value. Here four values share a draw of 64 bits, which takes less
+    than a third of the time on a CPU. p becomes a multiple of 2⁻¹⁶: 0.1 becomes 0.100006, and the scale follows.
     """
     dropped = round(p * 2**16)
+    if dropped == 2**16:
+        return values * 0
     draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
     numbers = draws.view(torch.int16)[: values.numel()].view(values.shape)
     kept = (numbers >= dropped - 2**15).to(values.dtype)
@@ -107,13 +124,6 @@ class CoarseDropout(nn.Dropout):
         return coarse_dropout(values, self.p) if self.training and 0 < self.p < 1 else super().forward(values)
 
 
-def _replace_dropout(model: nn.Module, old: type[nn.Dropout], new: type[nn.Dropout]) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is old:
-                setattr(parent, name, new(child.p).train(child.training))
-
-
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -126,14 +136,16 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as transformers calls it: heads `[N, A, L, D]` to `[N, L, A, D]`, the mask True where one may look.
 
-    PyTorch's fused attention takes no dropout on a CPU, and its backward pass is slow on short texts.
+    PyTorch's fused attention is for answering: on a CPU it takes no dropout, and is slow backwards on short texts.
     """
-    if dropout == 0:
+    if not module.training:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    weights = coarse_dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), dropout)
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if dropout > 0:
+        weights = coarse_dropout(weights, dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

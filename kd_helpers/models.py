@@ -118,7 +118,7 @@ def copy_layers(teacher: PreTrainedModel, layers: Sequence[int], *, seed: int) -
 
 def random_like(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
     """A model of the same shape with random weights drawn from `seed`."""
-    return _fresh(type(model), model.config, seed)
+    return _fresh(type(model), copy.deepcopy(model.config), seed)
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -161,6 +161,6 @@ def benchmark_figure(table: pd.DataFrame) -> tuple[Figure, str]:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.25 * table["slowest"].max())
-    axes.set(xlabel="seconds", title="The same student, the same texts, the same epochs")
+    axes.set(xlabel="seconds (less is better)", title="The same student, the same texts, the same epochs")
     described = [f"{way} {values['seconds']:.1f} s ({values['times']:.2f} times)" for way, values in table.iterrows()]
     return figure, "Median seconds, and times the course's distillation: " + "; ".join(described)

@@ -208,13 +208,13 @@ def machine(config: DistillConfig) -> Machine:
 def train(
     model: PreTrainedModel,
     batches: DataLoader[Any],
-    validation: DataLoader[Any],
+    validation: DataLoader[Any] | None,
     *,
     config: DistillConfig,
     precision: torch.dtype,
     description: str,
 ) -> list[dict[str, Any]]:
-    """Repeat `distill_epoch` and `evaluate` until the configured steps are made.
+    """Repeat `distill_epoch` and `evaluate` until the configured steps are made; no `validation`, no `evaluate`.
 
     Returns:
         One entry an epoch: epoch, steps, the losses of each step and the metrics on validation.
@@ -241,8 +241,10 @@ def train(
                 max_grad_norm=config.max_grad_norm,
             )
             done += len(losses.total)
-            metrics = evaluate(model, validation, precision)
-            bar.set_postfix(validation=f"{metrics['accuracy']:.1%}")
+            metrics = {}
+            if validation is not None:
+                metrics = evaluate(model, validation, precision)
+                bar.set_postfix(validation=f"{metrics['accuracy']:.1%}")
             history.append(
                 {
                     "epoch": epoch + 1,

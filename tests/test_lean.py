@@ -8,6 +8,7 @@ from conftest import tiny_bert, tiny_distilbert
 from scipy import stats
 from torch import nn
 from torch.testing import assert_close
+from transformers import BertConfig, BertForMaskedLM
 
 from kd_helpers.data import evaluation_batches, training_batches
 from kd_helpers.lean import CoarseDropout, SeenRows, coarse_dropout, lean_training
@@ -88,6 +89,7 @@ def test_the_model_is_itself_again_afterwards(student, tokenized, fail):
     assert [(name, type(module)) for name, module in student.named_modules()] == names
     assert student.config._attn_implementation == attention
     assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
+    assert all(parameter.requires_grad for parameter in student.parameters())
 
 
 def test_texts_outside_the_training_texts_are_answered_as_ever(student, tokenized, tokenizer):
@@ -99,39 +101,72 @@ def test_texts_outside_the_training_texts_are_answered_as_ever(student, tokenize
 
 
 def test_attention_drops_weights_and_never_looks_at_padding():
-    model = tiny_bert(dropout=0.0).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 1e-9  # rounds to 0: our attention runs and drops nothing
+    model = tiny_bert(dropout=0.0)
     texts = {
         "input_ids": torch.tensor([[101, 2054, 2003, 102], [101, 2054, 102, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
     }
     other = texts | {"input_ids": torch.tensor([[101, 2054, 2003, 102], [101, 2054, 102, 2009]])}
     expected = model.eval()(**texts).logits
-    model.train()
-    with lean_training(model, [[101, 2054, 2003, 2009, 102]]):
+    with lean_training(model.train(), [[101, 2054, 2003, 2009, 102]]):
         assert_close(model(**texts).logits, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(model(**texts).logits, model(**other).logits)
-        for module in model.modules():
-            if isinstance(module, CoarseDropout):
-                module.p = 0.5 if module is model.bert.encoder.layer[0].attention.self.dropout else 1e-9
+        model.bert.encoder.layer[0].attention.self.dropout.p = 0.5
         assert not torch.equal(model(**texts).logits, model(**texts).logits)
+
+
+def test_a_text_that_is_all_padding_gives_numbers():
+    model = tiny_bert(dropout=0.0)
+    texts = {"input_ids": torch.tensor([[101, 102], [0, 0]]), "attention_mask": torch.tensor([[1, 1], [0, 0]])}
+    with lean_training(model.train(), [[101, 102]]):
+        assert model(**texts).logits.isfinite().all()
+
+
+def test_validation_within_sees_the_trained_rows(student, tokenized, tokenizer):
+    batches = evaluation_batches(tokenized, tokenizer, 16)
+    before = predict(student, batches)
+    with lean_training(student, tokenized.select(range(64))["input_ids"][:]):
+        train(student, training_batches(tokenized.select(range(64)), tokenizer, 16, seed=0), weight_decay=0.0)
+        within = predict(student, batches)
+    assert_close(predict(student, batches).logits, within.logits, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before.logits, within.logits, atol=1e-3)
+
+
+def test_a_frozen_table_stays_frozen(student, tokenized):
+    table = student.get_input_embeddings().requires_grad_(False)
+    with lean_training(student, tokenized["input_ids"][:]):
+        assert not any(parameter.requires_grad for parameter in student.get_input_embeddings().parameters())
+    assert not table.weight.requires_grad
+
+
+def test_a_shared_table_is_refused():
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(ValueError, match="shares the embedding table"), lean_training(BertForMaskedLM(config), [[1]]):
+        pass
+
+
+def test_a_token_that_the_table_lacks_changes_nothing(student):
+    with pytest.raises(IndexError), lean_training(student, [[10**6]]):
+        pass
+    assert isinstance(student.get_input_embeddings(), nn.Embedding)
+    assert all(parameter.requires_grad for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_the_share_it_should_and_keeps_the_mean(p, dtype):
+def test_dropout_drops_the_share_it_should_wherever_a_value_stands(p, dtype):
     torch.manual_seed(0)
-    kept = coarse_dropout(torch.ones(400, 501, dtype=dtype), p)
+    kept = coarse_dropout(torch.ones(400, 500, dtype=dtype), p)
     assert kept.dtype == dtype
     dropped, scaled = kept.unique().tolist()
     assert dropped == 0
     assert scaled == pytest.approx(torch.tensor(1, dtype=dtype).div(1 - p).item(), rel=2e-5)
     assert stats.binomtest(int((kept == 0).sum()), kept.numel(), p).pvalue > 1e-3
-    rows, columns = (kept == 0).sum(dim=1), (kept == 0).sum(dim=0)
-    for counts, n in ((rows, 501), (columns, 400)):  # no row, column or lane of the draw is favoured
+    lanes = (kept == 0).flatten().view(-1, 4)  # four values share a draw
+    for counts, n in ((lanes.sum(dim=0), len(lanes)), ((kept == 0).sum(dim=1), 500), ((kept == 0).sum(dim=0), 400)):
         assert stats.chi2.sf(((counts - n * p) ** 2 / (n * p * (1 - p))).sum().item(), len(counts)) > 1e-3
+    together = (lanes[:, 0] & lanes[:, 1]).sum().item()
+    assert stats.binomtest(together, len(lanes), p * p).pvalue > 1e-3
 
 
 def test_dropout_repeats_with_the_seed_and_scales_the_gradient_alike():
@@ -149,7 +184,8 @@ def test_dropout_is_off_outside_training():
     values = torch.randn(4, 4)
     assert torch.equal(CoarseDropout(0.5).eval()(values), values)
     assert torch.equal(CoarseDropout(0.0)(values), values)
-    assert not CoarseDropout(1.0)(values).any()
+    for p in (1.0, 0.999999):
+        assert not CoarseDropout(p)(values).any()
 
 
 def test_the_row_of_the_padding_gets_no_gradient():
