@@ -21,6 +21,7 @@ from typing import Any
 import filelock
 
 MANIFEST = "manifest.json"
+RESULTS = Path(__file__).resolve().parent / "results"  # long results that come with the package, with what made them
 
 
 def artifacts_dir() -> Path:

@@ -13,8 +13,6 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import importlib.resources
-import json
 import os
 import platform
 import statistics
@@ -100,15 +98,15 @@ def prepare(shape: str, config: DistillConfig) -> Bench:
     if shape == "bert":
         teacher = freeze(BertForSequenceClassification(BertConfig(num_labels=3))).to(device)
         base = DistilBertForSequenceClassification(DistilBertConfig(num_labels=3))
+
+        def student(seed: int) -> PreTrainedModel:
+            return random_like(base, seed=seed).to(device)
+
     else:
         teacher = fine_tuned_teacher(config, data, tokenizer)
-        base = None
 
-    def student(seed: int) -> PreTrainedModel:
-        fresh = (
-            load_student(config.replace(seed=seed), data.label_names) if base is None else random_like(base, seed=seed)
-        )
-        return fresh.to(device)
+        def student(seed: int) -> PreTrainedModel:
+            return load_student(config.replace(seed=seed), data.label_names).to(device)
 
     texts = tokenize(data.student_train, tokenizer, config.max_length)
     return Bench(
@@ -126,9 +124,8 @@ def prepare(shape: str, config: DistillConfig) -> Bench:
 def usual_loop(bench: Bench, student: PreTrainedModel, seed: int) -> None:
     """The loop of most tutorials: the teacher reads every batch, batches at random, float32, AdamW as it comes."""
     config = bench.config
-    columns = [name for name in bench.texts.column_names if name not in ("id", "length", "teacher_logits")]
     batches = DataLoader(
-        bench.texts.select_columns(columns),
+        _without_answers(bench).remove_columns(["id", "length"]),
         batch_size=config.batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
@@ -164,7 +161,6 @@ def hugging_face_trainer(bench: Bench, student: PreTrainedModel, seed: int) -> N
             return (loss, outputs) if return_outputs else loss
 
     config = bench.config
-    columns = [name for name in bench.texts.column_names if name not in ("id", "teacher_logits")]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -186,7 +182,7 @@ def hugging_face_trainer(bench: Bench, student: PreTrainedModel, seed: int) -> N
         trainer = OnlineDistillation(
             model=student,
             args=arguments,
-            train_dataset=bench.texts.select_columns(columns),
+            train_dataset=_without_answers(bench).remove_columns("id"),
             data_collator=DataCollatorWithPadding(bench.tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
         )
         trainer.remove_callback(PrinterCallback)
@@ -396,9 +392,8 @@ def step_share(bench: Bench, precision: torch.dtype, repeats: int = 30) -> dict[
         `batch_size`, `tokens` (padding included), `gigaflop` of a step, `milliseconds` (median), `gigaflops` a second,
         `peak_gigaflops` a second of the fastest large matrix product, and their ratio `share`.
     """
-    student, batch = bench.student(0), _middle_batch(bench)
-    with lean_training(student, bench.texts["input_ids"][:]):
-        step = _stepper(bench, student, batch, precision)
+    batch = _middle_batch(bench)
+    with _lean_step(bench, batch, precision) as step:
         with FlopCounterMode(display=False) as counter:
             step()
         seconds = statistics.median(timed(step, bench.device) for _ in range(repeats))
@@ -445,10 +440,8 @@ KERNELS = {
 
 def step_profile(bench: Bench, repeats: int = 20) -> dict[str, float]:
     """Where the time of a step of the student goes: the share of each kind of kernel (torch.profiler, by itself)."""
-    student, batch = bench.student(0), _middle_batch(bench)
     on_gpu = bench.device.type == "cuda"
-    with lean_training(student, bench.texts["input_ids"][:]):
-        step = _stepper(bench, student, batch, bench.precision)
+    with _lean_step(bench, _middle_batch(bench), bench.precision) as step:
         step()
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
             for _ in range(repeats):
@@ -477,12 +470,15 @@ def _middle_batch(bench: Bench) -> Batch:
     return next(iter(evaluation_batches(middle, bench.tokenizer, STEP_BATCH_SIZE)))
 
 
-def _stepper(bench: Bench, student: PreTrainedModel, batch: Batch, precision: torch.dtype) -> Callable[[], Any]:
-    """One optimiser step on one batch, made ready once."""
-    optimizer = make_optimizer(student, learning_rate=bench.config.learning_rate, weight_decay=0.01)
-    scheduler = make_scheduler(optimizer, steps=1_000_000)
-    settings = {"temperature": bench.config.temperature, "alpha": bench.config.alpha, "precision": precision}
-    return lambda: distill_epoch(student, [batch], optimizer, scheduler, **settings)
+@contextlib.contextmanager
+def _lean_step(bench: Bench, batch: Batch, precision: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """An optimiser step of a fresh student on one batch, to be repeated within."""
+    student, config = bench.student(0), bench.config
+    with lean_training(student, bench.texts["input_ids"][:]):
+        optimizer = make_optimizer(student, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        scheduler = make_scheduler(optimizer, steps=1_000_000)
+        settings = {"temperature": config.temperature, "alpha": config.alpha, "precision": precision}
+        yield lambda: distill_epoch(student, [batch], optimizer, scheduler, **settings)
 
 
 def run(shape: str, config: DistillConfig, *, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -493,8 +489,8 @@ def run(shape: str, config: DistillConfig, *, rounds: int, compiled: bool) -> di
         precision (see `step_share`), `profile` (see `step_profile`) and, if asked for, `compile` (see `compile_cost`).
     """
     bench = prepare(shape, config)
+    short = dataclasses.replace(bench, texts=bench.texts.select(range(min(64, len(bench.texts)))))
     for way in WAYS.values():  # first calls load libraries and make kernels
-        short = dataclasses.replace(bench, texts=bench.texts.select(range(min(64, len(bench.texts)))))
         way(short, bench.student(0), 0)
     measured = measure(bench, WAYS, rounds)
     precisions = dict.fromkeys([bench.precision, torch.float32])
@@ -507,7 +503,6 @@ def run(shape: str, config: DistillConfig, *, rounds: int, compiled: bool) -> di
         },
         "shape": shape,
         "config": config.to_dict(),
-        "tokens": sum(bench.texts["length"][:]),
         "ways": measured.to_dict("records"),
         "sweep": sweep_cost(bench),
         "step": {_name(precision): step_share(bench, precision) for precision in precisions},
@@ -530,6 +525,11 @@ def processor(device: torch.device) -> str:
     return platform.processor() or "unknown"
 
 
+def _by_round(result: dict[str, Any], measure: str) -> pd.DataFrame:
+    """One measure with a row a round and a column a way."""
+    return pd.DataFrame(result["ways"]).pivot(index="round", columns="way", values=measure)
+
+
 def ways_table(result: dict[str, Any]) -> pd.DataFrame:
     """One row a way, medians over the rounds, fastest last.
 
@@ -537,16 +537,19 @@ def ways_table(result: dict[str, Any]) -> pd.DataFrame:
         `seconds` with `fastest` and `slowest` round, `times` (its time over the course's distillation, within a
         round), `tokens_per_second`, `peak_megabytes`, mean `accuracy` and `nll`.
     """
-    measured = pd.DataFrame(result["ways"])
-    seconds = measured.pivot(index="round", columns="way", values="seconds")
-    table = measured.groupby("way").agg(
-        seconds=("seconds", "median"),
-        fastest=("seconds", "min"),
-        slowest=("seconds", "max"),
-        tokens_per_second=("tokens_per_second", "median"),
-        peak_megabytes=("peak_megabytes", "median"),
-        accuracy=("accuracy", "mean"),
-        nll=("nll", "mean"),
+    seconds = _by_round(result, "seconds")
+    table = (
+        pd.DataFrame(result["ways"])
+        .groupby("way")
+        .agg(
+            seconds=("seconds", "median"),
+            fastest=("seconds", "min"),
+            slowest=("seconds", "max"),
+            tokens_per_second=("tokens_per_second", "median"),
+            peak_megabytes=("peak_megabytes", "median"),
+            accuracy=("accuracy", "mean"),
+            nll=("nll", "mean"),
+        )
     )
     table.insert(3, "times", seconds.div(seconds["distillation"], axis=0).median())
     return table.sort_values("seconds", ascending=False)
@@ -554,13 +557,13 @@ def ways_table(result: dict[str, Any]) -> pd.DataFrame:
 
 def ratio(result: dict[str, Any], way: str, other: str) -> float:
     """Time of one way over that of another: median of the ratios within a round."""
-    seconds = pd.DataFrame(result["ways"]).pivot(index="round", columns="way", values="seconds")
+    seconds = _by_round(result, "seconds")
     return float((seconds[way] / seconds[other]).median())
 
 
 def accuracy_gap(result: dict[str, Any], way: str, other: str) -> tuple[float, float, float]:
     """Accuracy on validation of one way minus that of another, seed by seed: mean, low and high (95%)."""
-    accuracy = pd.DataFrame(result["ways"]).pivot(index="round", columns="way", values="accuracy")
+    accuracy = _by_round(result, "accuracy")
     return mean_interval(accuracy[way] - accuracy[other])
 
 
@@ -620,7 +623,7 @@ def _compile_line(result: dict[str, Any]) -> str:
 
 def stored_benchmark() -> dict[str, Any]:
     """The benchmark that comes with the course, made by `make benchmark`."""
-    return json.loads(importlib.resources.files("kd_helpers").joinpath("results/benchmark.json").read_text("utf-8"))
+    return artifacts.load_json(artifacts.RESULTS / "benchmark.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,9 +11,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import importlib.resources
 import itertools
-import json
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -381,7 +379,7 @@ def last_and_best(comparison: dict[str, Any], arm: str) -> tuple[float, float]:
 
 def stored_comparison() -> dict[str, Any]:
     """The full comparison that comes with the course, made by `make results`."""
-    return json.loads(importlib.resources.files("kd_helpers").joinpath("results/comparison.json").read_text("utf-8"))
+    return artifacts.load_json(artifacts.RESULTS / "comparison.json")
 
 
 def format_table(comparison: dict[str, Any]) -> str:
@@ -401,8 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.parse_args(arguments)
     comparison = compare(FULL)
-    path = importlib.resources.files("kd_helpers").joinpath("results/comparison.json")
-    artifacts.save_json(Path(str(path)), comparison)
+    artifacts.save_json(artifacts.RESULTS / "comparison.json", comparison)
     print(format_table(comparison))
 
 

@@ -328,7 +328,7 @@ def store_sweep() -> None:
         "runs": table[[*varied, *measures, "wall_seconds"]].to_dict("records"),
         "label_smoothing": smoothing,
     }
-    artifacts.save_json(ROOT / "kd_helpers" / "results" / f"{SWEEP}.json", content)
+    artifacts.save_json(artifacts.RESULTS / f"{SWEEP}.json", content)
 
 
 def _with_times(paths: Sequence[Path], folder: Path | None = None) -> Iterator[tuple[Path, Path]]:

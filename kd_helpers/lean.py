@@ -78,11 +78,12 @@ class SeenRows(nn.Module):
         occurring = set(itertools.chain.from_iterable(token_ids))
         if table.padding_idx is not None:
             occurring.add(table.padding_idx)
+        ids = sorted(occurring)
         self.trainable = table.weight.requires_grad
-        self.weight = nn.Parameter(table.weight[sorted(occurring)], requires_grad=self.trainable)
+        self.weight = nn.Parameter(table.weight[ids], requires_grad=self.trainable)
         self.table = table.requires_grad_(False)
         rows = torch.full((table.num_embeddings,), -1, device=table.weight.device)
-        rows[sorted(occurring)] = torch.arange(len(occurring), device=rows.device)
+        rows[ids] = torch.arange(len(ids), device=rows.device)
         self.register_buffer("rows", rows, persistent=False)
         self.padding_row = None if table.padding_idx is None else int(rows[table.padding_idx])
 
@@ -108,6 +109,8 @@ def coarse_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
     than a third of the time on a CPU. p becomes a multiple of 2⁻¹⁶: 0.1 becomes 0.100006, and the scale follows.
     """
     dropped = round(p * 2**16)
+    if dropped == 0:
+        return values
     if dropped == 2**16:
         return values * 0
     draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
@@ -121,7 +124,7 @@ class CoarseDropout(nn.Dropout):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Any shape in, the same shape out."""
-        return coarse_dropout(values, self.p) if self.training and 0 < self.p < 1 else super().forward(values)
+        return coarse_dropout(values, self.p) if self.training else values
 
 
 def _attention(
@@ -143,9 +146,7 @@ def _attention(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if dropout > 0:
-        weights = coarse_dropout(weights, dropout)
+    weights = coarse_dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

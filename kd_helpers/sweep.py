@@ -12,7 +12,6 @@ import ast
 import contextlib
 import dataclasses
 import datetime
-import importlib.resources
 import itertools
 import json
 import math
@@ -553,8 +552,7 @@ def surface(table: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, pd.DataFram
 
 def stored_sweep() -> dict[str, Any]:
     """The full sweep that comes with the course, made by `make sweep`."""
-    path = importlib.resources.files("kd_helpers").joinpath("results/temperature_and_alpha.json")
-    return json.loads(path.read_text("utf-8"))
+    return artifacts.load_json(artifacts.RESULTS / "temperature_and_alpha.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
