@@ -245,9 +245,14 @@ def _bfloat16_speedup(device: str) -> float:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on every device."""
+    import torch
     import transformers
 
     transformers.set_seed(seed)
+    # MKL sets such a function up at its first call. When several threads make that call at once, one of them can get
+    # values of low precision (github.com/pytorch/pytorch/issues/188792); a single value is one thread's work.
+    for function in (torch.exp, torch.log, torch.sqrt, torch.tanh, torch.erf):
+        function(torch.ones(1))
 
 
 def require_hub(name: str) -> None:
