@@ -38,7 +38,7 @@ LINESTYLES = {
 _DOTS_PER_INCH = 160  # sharp on screens with two pixels a point
 _POINTS_PER_INCH = 80  # shown at half of that
 
-_STYLE = {
+STYLE = {
     "figure.constrained_layout.use": True,
     "figure.facecolor": "white",
     "font.size": 12,
@@ -55,7 +55,7 @@ _STYLE = {
 
 def use_course_style() -> None:
     """Give every figure that follows the course's look."""
-    plt.rcParams.update(_STYLE)
+    plt.rcParams.update(STYLE)
 
 
 def show(figure: Figure, *, caption: str, alt: str) -> None:
@@ -66,12 +66,17 @@ def show(figure: Figure, *, caption: str, alt: str) -> None:
         caption: what to see in it, Markdown.
         alt: what stands in it, for screen readers.
     """
+    picture, width = png(figure)
+    plt.close(figure)
+    display(Image(picture, format="png", width=width, alt=alt))
+    display(Markdown(f"*{caption}*"))
+
+
+def png(figure: Figure) -> tuple[bytes, int]:
+    """A figure as PNG, sharp on dense screens, and the width in points at which to show it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
-    plt.close(figure)
-    width = round(figure.get_size_inches()[0] * _POINTS_PER_INCH)
-    display(Image(buffer.getvalue(), format="png", width=width, alt=alt))
-    display(Markdown(f"*{caption}*"))
+    return buffer.getvalue(), round(figure.get_size_inches()[0] * _POINTS_PER_INCH)
 
 
 def label_line_end(axes: Axes, text: str, *, colour: str, line: int = -1, dy: float = 0.0) -> None:
