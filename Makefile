@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test lint format notebooks results sweep benchmark lab clean
+.PHONY: help run site test lint format notebooks results sweep benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(READY): requirements.txt pyproject.toml
 run: $(READY) ## run notebooks 00 to 07, print the comparison, write artifacts/course/index.html
 	$(BIN)/python -m kd_helpers.course run
 
+site: $(READY) ## write artifacts/site/index.html: the course as pages, from what is stored
+	$(BIN)/python -m kd_helpers.course site
+
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider notebooks
@@ -34,8 +37,9 @@ format: $(READY) ## put the code and the notebooks into style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebooks: $(READY) ## run every notebook and store its outputs in place
+notebooks: $(READY) ## run every notebook and store its outputs in place, and its time and memory in the README
 	$(BIN)/python -m kd_helpers.course store
+	$(BIN)/python -m kd_helpers.course readme
 
 results: $(READY) ## make the full comparison again: 6 arms, 5 seeds, about an hour; resumes where it stopped
 	$(BIN)/python -m kd_helpers.comparison
@@ -49,6 +53,9 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 benchmark: $(READY) ## time the loop against the usual ways, about a quarter of an hour on an idle machine
 	$(BIN)/python -m kd_helpers.benchmark --compile --out kd_helpers/results
 	$(BIN)/python -m kd_helpers.course readme
+
+publish: $(READY) ## write REPO=owner/name and REF=tag into every badge and set-up cell
+	$(BIN)/python -m kd_helpers.course publish -- "$$REPO" "$$REF"
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
