@@ -11,8 +11,8 @@
 | `comparison` | 06: did it help? |
 | `sweep` | 07: which temperature, which alpha? |
 
-`artifacts`, `plots`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The names below can be imported from
-here; a module is loaded when one of its names is first used, so `import kd_helpers` costs nothing.
+`artifacts`, `plots`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The names below can be
+imported from here; a module is loaded when one of its names is first used, so `import kd_helpers` costs nothing.
 """
 
 from __future__ import annotations

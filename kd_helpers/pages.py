@@ -21,12 +21,14 @@ from kd_helpers import artifacts
 STYLE = """
 main { max-width: 62rem; margin: 0 auto; }
 img { max-width: 100%; height: auto; }
+.badge { border: 1px solid; border-radius: 0.3em; padding: 0.1em 0.5em; }
 pre, table, math[display="block"] { display: block; max-width: 100%; overflow-x: auto; }
 math[display="block"] { padding: 0.3em 0; }
 .jp-RenderedHTMLCommon table { width: max-content; margin-left: 0; }
-.jp-RenderedHTMLCommon :not(pre) > code { overflow-wrap: anywhere; }
+.jp-RenderedHTMLCommon :not(pre) > code { overflow-wrap: break-word; }
+.jp-RenderedText pre { white-space: pre; word-break: normal; }
 .jp-InputArea, .jp-OutputArea-child, .jp-OutputArea-output, .jp-MarkdownOutput { min-width: 0; }
-summary { cursor: pointer; padding: 0.4em 0; }
+summary { cursor: pointer; padding: 0.4em; font: 1rem system-ui, sans-serif; }
 @media (max-width: 40rem) {
   body.jp-Notebook, .jp-Notebook .jp-Cell { padding: 0.3rem; }
   .jp-InputPrompt, .jp-OutputPrompt { display: none; }
@@ -111,7 +113,9 @@ class OfflineRenderer(IPythonRenderer):
         return latex_to_mathml(body, display="block")
 
     def image(self, text: str, url: str, title: str | None = None) -> str:
-        return text if url.startswith("https://") else super().image(text, url, title)
+        if url.startswith("https://"):
+            return f'<span class="badge">{text}</span>'
+        return super().image(text, url, title)
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
         page = re.sub(r"^(\d\d_\w+)\.ipynb", r"\1.html", url).replace("../README.md", "index.html")
