@@ -26,12 +26,20 @@ from scipy import stats
 from sklearn.metrics import confusion_matrix
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from kd_helpers import __version__, artifacts
-from kd_helpers.config import PRESETS, DistillConfig
+from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, evaluation_batches, load_splits, tokenize
-from kd_helpers.models import count_parameters, freeze, load_student, load_tokenizer, model_inputs
-from kd_helpers.teacher_logits import TeacherLogits, autocast, cached_logits
+from kd_helpers.models import (
+    checkpoint_version,
+    count_parameters,
+    freeze,
+    load_student,
+    load_tokenizers,
+    model_inputs,
+)
+from kd_helpers.teacher_logits import TeacherLogits, autocast
 from kd_helpers.training import (
     Batch,
     Predictions,
@@ -42,6 +50,7 @@ from kd_helpers.training import (
     machine,
     predict,
     reliability,
+    teacher_answers,
 )
 
 METRICS = ("accuracy", "macro_recall", "macro_f1", "nll", "ece", "fidelity")
@@ -107,21 +116,14 @@ def arm_answers(arm: Arm, config: DistillConfig, data: DataSplits) -> TeacherLog
     return teacher_answers(config, data, "student_train")
 
 
-def teacher_answers(config: DistillConfig, data: DataSplits, split: str) -> TeacherLogits:
-    """The logits of the configured teacher for one split of the data, asked for once and kept."""
-    tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
-    teacher = fine_tuned_teacher(config, data, tokenizer)
-    tokenized = tokenize(getattr(data, split), tokenizer, config.max_length)
-    return cached_logits(teacher, tokenized, tokenizer, precision=machine(config).precision)
-
-
 def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
     """Train one arm with one seed, measure it on test, and keep the result; found again when repeated.
 
     Returns:
         `arm`, `seed`, `steps`, `seconds`, every one of `METRICS` on test, `history` (step and measures on
         validation after each epoch), `confusion` `[C][C]` (rows are the labels), `reliability` by bin,
-        and `predicted`, the class of each test text as a digit, in order of id.
+        `predicted`, the numbers of the test texts' classes in order of id, and `folder`, where under
+        `artifacts/` the run with its student is.
     """
     arm = ARMS[name]
     own = arm.configure(config)
@@ -133,12 +135,16 @@ def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
         "machine": str(machine(own)),
         "versions": versions(),
         "measured_against": {"teacher_epochs": config.teacher_epochs},
-        "texts": [dataset_digest(part) for part in (data.student_train, data.teacher_train, data.test)],
+        "checkpoints": [checkpoint_version(name) for name in (own.teacher_source, own.student_source) if name],
+        "labels": data.label_names,
+        "texts": [
+            dataset_digest(part) for part in (data.student_train, data.teacher_train, data.validation, data.test)
+        ],
     }
     folder = artifacts.artifacts_dir() / "comparison" / artifacts.fingerprint(made_of)
 
     def train_and_measure(target: Path) -> None:
-        result = distill(own, data=data, answers=arm_answers(arm, own, data))
+        result = distill(own, data=data, answers=arm_answers(arm, own, data), output_dir=target)
         entry = {
             "arm": name,
             "seed": config.seed,
@@ -150,7 +156,8 @@ def run_arm(name: str, config: DistillConfig) -> dict[str, Any]:
         artifacts.save_json(target / "entry.json", entry)
 
     artifacts.get_or_build(folder, train_and_measure)
-    return artifacts.load_json(folder / "entry.json")
+    place = folder.relative_to(artifacts.artifacts_dir()).as_posix()
+    return artifacts.load_json(folder / "entry.json") | {"folder": place}
 
 
 def describe(predictions: Predictions, teacher: TeacherLogits) -> dict[str, Any]:
@@ -159,13 +166,20 @@ def describe(predictions: Predictions, teacher: TeacherLogits) -> dict[str, Any]
     return {
         **classification_metrics(predictions.logits, predictions.labels),
         **fidelity(predictions.logits, teacher.lookup(predictions.ids)),
-        "confusion": confusion_matrix(predictions.labels, predicted).tolist(),
+        "confusion": confusion_matrix(
+            predictions.labels, predicted, labels=range(predictions.logits.shape[1])
+        ).tolist(),
         "reliability": {
             name: np.nan_to_num(values).round(4).tolist()
             for name, values in reliability(predictions.logits, predictions.labels).items()
         },
-        "predicted": "".join(map(str, predicted.tolist())),
+        "predicted": class_numbers(predicted),
     }
+
+
+def class_numbers(classes: torch.Tensor) -> str:
+    """The numbers of classes `[N]` in one line, which JSON keeps short."""
+    return " ".join(map(str, classes.tolist()))
 
 
 def fidelity(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, float]:
@@ -226,7 +240,9 @@ def latency(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype =
     return {"p50": float(p50), "p95": float(p95)}
 
 
-def cost(model: nn.Module, name: str, config: DistillConfig, data: DataSplits) -> dict[str, Any]:
+def cost(
+    model: nn.Module, name: str, config: DistillConfig, data: DataSplits, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """What a model costs to keep and to run.
 
     Returns:
@@ -234,7 +250,6 @@ def cost(model: nn.Module, name: str, config: DistillConfig, data: DataSplits) -
         (float32), `texts_per_second` in batches of 64 (in the machine's precision).
     """
     device, precision = machine(config)
-    tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
     model = model.to(device).eval()
     test = tokenize(data.test.select(range(min(2000, len(data.test)))), tokenizer, config.max_length)
     singles = list(evaluation_batches(test.select(range(min(200, len(test)))), tokenizer, batch_size=1))
@@ -255,11 +270,11 @@ def compare(
     """Run arms × seeds (finished ones are found again) and measure both teachers.
 
     Returns:
-        JSON-ready: `made_with`, `config`, `seeds`, `labels` (of the test split, as digits), `teachers`,
+        JSON-ready: `made_with`, `config`, `seeds`, `labels` (of the test split, their numbers), `teachers`,
         `costs` and `runs` (see `run_arm`).
     """
     data = load_splits(config)
-    tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
+    tokenizers = load_tokenizers(config)
     labels = torch.tensor(data.test["label"][:])[torch.argsort(torch.tensor(data.test["id"][:]))]
     answers = {
         "untuned": teacher_answers(config.replace(teacher_epochs=0), data, "test"),
@@ -272,16 +287,19 @@ def compare(
     }
     plan = tqdm(list(itertools.product(seeds, arms)), desc="Comparing", unit="run", leave=False)
     runs = [run_arm(name, config.replace(seed=seed)) for seed, name in plan]
-    teacher = fine_tuned_teacher(config, data, tokenizer)
+    teacher = fine_tuned_teacher(config, data, tokenizers.teacher)
     student = freeze(load_student(config, data.label_names))
     return {
         "made_with": made_with(config),
         "config": config.to_dict(),
         "arms": {name: dataclasses.asdict(ARMS[name]) for name in arms},
         "seeds": list(seeds),
-        "labels": "".join(map(str, labels.tolist())),
+        "labels": class_numbers(labels),
         "teachers": teachers,
-        "costs": [cost(teacher, "teacher", config, data), cost(student, "student", config, data)],
+        "costs": [
+            cost(teacher, "teacher", config, data, tokenizers.teacher),
+            cost(student, "student", config, data, tokenizers.student),
+        ],
         "runs": runs,
     }
 
@@ -355,10 +373,10 @@ def paired_over_texts(comparison: dict[str, Any], *, reference: str = BASELINE) 
     For each text the share of seeds that get it right is compared, so the interval covers what another
     sample of test texts would change.
     """
-    labels = np.array(list(comparison["labels"]))
+    labels = np.array(comparison["labels"].split())
     right: dict[str, list[np.ndarray]] = {}
     for run in comparison["runs"]:
-        right.setdefault(run["arm"], []).append(np.array(list(run["predicted"])) == labels)
+        right.setdefault(run["arm"], []).append(np.array(run["predicted"].split()) == labels)
     share = {arm: np.mean(seeds, axis=0) for arm, seeds in right.items()}
     rows = {}
     for arm in share:

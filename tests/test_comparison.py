@@ -26,9 +26,14 @@ def made_up(differences=(0.01, 0.02, 0.03)):
     runs = []
     for seed, difference in enumerate(differences):
         for arm, value in ((BASELINE, 0.7 + 0.1 * seed), ("tuned_teacher", 0.7 + 0.1 * seed + difference)):
-            run = dict.fromkeys(METRICS, value) | {"arm": arm, "seed": seed, "seconds": 1.0, "predicted": "0" * 10}
+            run = dict.fromkeys(METRICS, value) | {
+                "arm": arm,
+                "seed": seed,
+                "seconds": 1.0,
+                "predicted": " ".join("0" * 10),
+            }
             runs.append(run)
-    return {"arms": {BASELINE: {}, "tuned_teacher": {}}, "runs": runs, "labels": "0" * 5 + "1" * 5}
+    return {"arms": {BASELINE: {}, "tuned_teacher": {}}, "runs": runs, "labels": " ".join("0" * 5 + "1" * 5)}
 
 
 def test_paired_difference_leaves_out_what_the_arms_share():
@@ -41,7 +46,7 @@ def test_paired_difference_leaves_out_what_the_arms_share():
 def test_difference_over_texts_needs_different_answers():
     compared = made_up()
     for run in compared["runs"]:
-        run["predicted"] = "0000011111" if run["arm"] == "tuned_teacher" else "0000000000"
+        run["predicted"] = " ".join("0000011111" if run["arm"] == "tuned_teacher" else "0000000000")
     row = comparison.paired_over_texts(compared).loc[ARMS["tuned_teacher"].title]
     expected = stats.ttest_1samp([0.0] * 5 + [1.0] * 5, 0).confidence_interval()
     assert row.difference == pytest.approx(0.5)
@@ -139,9 +144,9 @@ def test_stored_numbers_follow_from_the_stored_answers(stored):
     data = load_splits(DistillConfig())
     order = np.argsort(data.test["id"][:])
     labels = np.array(data.test["label"][:])[order]
-    assert "".join(map(str, labels)) == stored["labels"]
+    assert " ".join(map(str, labels)) == stored["labels"]
     for run in stored["runs"]:
-        predicted = np.array([int(digit) for digit in run["predicted"]])
+        predicted = np.array([int(number) for number in run["predicted"].split()])
         logits = torch.nn.functional.one_hot(torch.tensor(predicted), 3).float()
         again = classification_metrics(logits, torch.tensor(labels))
         for metric in ("accuracy", "macro_recall", "macro_f1"):

@@ -1,0 +1,109 @@
+"""A local cache as the Hugging Face hub's library keeps it, with small random models and few tweets.
+
+The repositories have the names, files and layout of the real ones, so that what loads from here under
+`HF_HUB_OFFLINE=1` is the code that loads the real ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from kd_helpers.config import PACKAGED_MODEL
+from kd_helpers.data import LABEL_NAMES, clean, deduplicate, read_packaged_tweets
+from kd_helpers.models import load_tokenizer
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+DISTILBERT = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+SPLITS = {"train": 10_200, "validation": 600, "test": 700}
+
+
+def build(home: Path) -> dict[str, str]:
+    """Fill `home` and return the environment in which the hub's library finds it and nothing else."""
+    tokenizer = load_tokenizer(PACKAGED_MODEL)
+    for name, model in {
+        "google-bert/bert-base-uncased": _random(BertForMaskedLM, BertConfig(**BERT)),
+        "google-bert/bert-large-uncased": _random(BertForMaskedLM, BertConfig(**BERT | {"num_hidden_layers": 3})),
+        "distilbert/distilbert-base-uncased": _random(DistilBertForMaskedLM, DistilBertConfig(**DISTILBERT)),
+    }.items():
+        add_model(home, name, model, tokenizer)
+    _add(home, "datasets--cardiffnlp--tweet_eval", _tweet_eval)
+    _add(home, "models--someone--pickled", lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'))
+    return environment(home)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Where the hub's library looks, and that it may not look elsewhere."""
+    return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+
+
+def add_model(home: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model repository with its tokenizer."""
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    _add(home, "models--" + name.replace("/", "--"), fill)
+
+
+def sentiment_model(labels: tuple[str, ...], *, seed: int = 0) -> PreTrainedModel:
+    """A BERT that says it was fine-tuned already: its head is kept, whatever it says."""
+    names = dict(enumerate(labels))
+    return _random(BertForSequenceClassification, BertConfig(**BERT, num_labels=len(labels), id2label=names), seed=seed)
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with a vocabulary of its own: whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *dict.fromkeys(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def _random(model_class: type, config, *, seed: int = 0) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model_class(config)
+
+
+def _add(home: Path, repository: str, fill: Callable[[Path], object]) -> None:
+    commit = hashlib.sha1(repository.encode()).hexdigest()
+    folder = home / "hub" / repository
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    fill(folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+
+
+def _tweet_eval(folder: Path) -> None:
+    """The sentiment task in Parquet with a dataset card, and a second task beside it as the real repository has."""
+    tweets = deduplicate(clean(read_packaged_tweets()))[["text", "label"]]
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(LABEL_NAMES))})
+    cards, start = [], 0
+    for task in ("sentiment", "emoji"):
+        (folder / task).mkdir()
+        files = "".join(f"  - split: {split}\n    path: {task}/{split}-*\n" for split in SPLITS)
+        cards.append(f"- config_name: {task}\n  data_files:\n{files}")
+    for split, size in SPLITS.items():
+        rows = tweets.iloc[start : start + size].to_dict("list")
+        for task in ("sentiment", "emoji"):
+            path = folder / task / f"{split}-00000-of-00001.parquet"
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+        start += size
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(cards)}---\n# TweetEval, in small\n")
