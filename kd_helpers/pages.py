@@ -112,6 +112,9 @@ class OfflineRenderer(IPythonRenderer):
     def block_math(self, body: str) -> str:
         return latex_to_mathml(body, display="block")
 
+    def block_html(self, html: str) -> str:
+        return re.sub(r"\$([^$\n]+)\$", lambda formula: latex_to_mathml(formula[1]), super().block_html(html))
+
     def image(self, text: str, url: str, title: str | None = None) -> str:
         if url.startswith("https://"):
             return f'<span class="badge">{text}</span>'
