@@ -8,10 +8,10 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run site test lint format notebooks results sweep benchmark publish lab clean
+.PHONY: help run site test test-browser lint format notebooks results sweep benchmark publish lab clean
 
 help: ## list these commands
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
@@ -28,6 +28,9 @@ site: $(READY) ## write artifacts/site/index.html: the course as pages, from wha
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider notebooks
+
+test-browser: $(READY) ## the explorers in JupyterLab and Chromium; screenshots in artifacts/browser
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(READY) ## check style
 	$(BIN)/ruff check .

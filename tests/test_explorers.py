@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_bert, tiny_distilbert
+from explorer_notebook import explorer_notebook
 from nbclient import NotebookClient
-from nbformat.v4 import new_code_cell, new_notebook
 
 from kd_helpers import explorers, losses, plots, sweep
 from kd_helpers.course import WIDGET, without_bars
@@ -375,32 +375,6 @@ def test_tables_that_do_not_fit_are_refused(table):
 
 
 # In a notebook
-
-CELLS = (
-    """\
-import pandas as pd
-import torch
-from kd_helpers.config import PACKAGED_MODEL
-from kd_helpers.explorers import loss_explorer, predictions_explorer, sweep_explorer, temperature_explorer
-from kd_helpers.models import load_tokenizer
-from kd_helpers.sweep import stored_sweep
-from conftest import tiny_bert, tiny_distilbert
-names = ("negative", "neutral", "positive")
-teacher = torch.tensor([-1.5, 0.5, 2.0])""",
-    'temperature_explorer(["good", "bad"], torch.stack([teacher, -teacher]), names)',
-    "loss_explorer(teacher, torch.zeros(3), 1, names)",
-    """\
-models = {"teacher": tiny_bert(), "baseline": tiny_distilbert()}
-predictions_explorer(models, load_tokenizer(PACKAGED_MODEL), names)""",
-    'sweep_explorer(pd.DataFrame(stored_sweep()["runs"]))',
-)
-
-
-def explorer_notebook() -> nbformat.NotebookNode:
-    """The smallest notebook with all of them; an explorer's cell is tagged, since nothing of it is stored."""
-    cells = [new_code_cell(source, metadata={"tags": ["nbval-ignore-output"]}) for source in CELLS]
-    cells[0].metadata.tags = []
-    return new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 
 
 def run(*arguments: str, cwd) -> subprocess.CompletedProcess:
