@@ -34,8 +34,13 @@ from kd_helpers.sweep import surface
 MOST_CLASSES = 10  # as many have room in a figure
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.5, 20.0
 
-# Text and label names may hold a dollar sign, which is no formula.
-_course_look = functools.partial(matplotlib.style.context, ["default", {**plots.STYLE, "text.parse_math": False}])
+_LOOK = {
+    **plots.STYLE,
+    "figure.constrained_layout.w_pad": 0.1,  # inches: a white rim, which a dark page needs
+    "figure.constrained_layout.h_pad": 0.1,
+    "text.parse_math": False,  # a label's name may hold a dollar sign, which is no formula
+}
+_course_look = functools.partial(matplotlib.style.context, ["default", _LOOK])
 
 
 # Temperature
@@ -303,7 +308,7 @@ def predictions_figure(found: Mapping[str, torch.Tensor], label_names: Sequence[
         for row, probability in enumerate(drawn):
             panel.text(probability, row, f" {probability:.2f}", va="center")
         panel.set(xlim=(0, 1.3), xticks=[0, 0.5, 1])
-        panel.set_title("\n".join(textwrap.wrap(_title(name), 92 // across)))
+        panel.set_title("\n".join(textwrap.wrap(_title(name), 96 // across)))
         panel.grid(axis="y", visible=False)
     for unused in panels[len(found) :]:
         unused.set_visible(False)
