@@ -68,7 +68,8 @@ def show(figure: Figure, *, caption: str, alt: str) -> None:
     """
     picture, width = png(figure)
     plt.close(figure)
-    display(Image(picture, format="png", width=width, alt=alt))
+    # As metadata, which the IPython of Colab takes too: its Image has no argument for descriptions.
+    display(Image(picture, format="png", width=width, metadata={"alt": alt}))
     display(Markdown(f"*{caption}*"))
 
 
