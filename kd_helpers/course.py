@@ -286,11 +286,11 @@ def _about_costs(costs: dict[str, Any]) -> list[str]:
     if not costs:
         return []
     made = [cost["made_with"] for cost in costs.values()]
-    machines = sorted({f"{one['machine']}, {one['threads']} threads, torch {one['torch']}" for one in made})
     dates = sorted({one["date"] for one in made})
+    means = sorted({f"torch {one['torch']}, threads: {one['threads']}" for one in made})
     lines = [
         "Time, and the most memory that a notebook's processes held at once, when it was stored "
-        f"({'; '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}). "
+        f"({'; '.join([*means, ' to '.join(dict.fromkeys((dates[0], dates[-1])))])}). "
         f"Binder gives {BINDER_MEGABYTES:,.0f} MB, of which JupyterLab itself takes some.",
     ]
     if makers := [name[:2] for name, cost in costs.items() if cost["teachers_made"]]:
