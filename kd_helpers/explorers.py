@@ -338,7 +338,8 @@ def predictions_explorer(
         start: the sentence to begin with.
 
     Raises:
-        ValueError: there is no model, one has a name without a colour, or other classes than `label_names`.
+        ValueError: there is no model, one has a name without a colour, other classes than `label_names`, or fewer
+            tokens than the tokenizer.
     """
     if not models:
         raise ValueError("there are no models to ask; give at least one, by name.")
@@ -348,6 +349,10 @@ def predictions_explorer(
                 f"{name!r} has no colour in this course; name the model one of {', '.join(plots.COLOURS)}."
             )
         _require_names(label_names, model.config.num_labels)
+        if len(tokenizer) > (known := model.get_input_embeddings().num_embeddings):
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer):,} tokens, {name} knows {known:,}; give the models' own tokenizer."
+            )
     sentence = widgets.Text(
         value=start, placeholder="Type a sentence", description="Text", continuous_update=False, layout={"width": "95%"}
     )

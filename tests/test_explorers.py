@@ -365,6 +365,13 @@ def test_models_that_do_not_fit_are_refused(tokenizer, chosen, label_names, said
         explorers.predictions_explorer(chosen, tokenizer, label_names)
 
 
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    small = tiny_bert()
+    small.resize_token_embeddings(100)
+    with pytest.raises(ValueError, match="the tokenizer has 30,522 tokens, teacher knows 100"):
+        explorers.predictions_explorer({"teacher": small}, tokenizer, NAMES)
+
+
 def test_tables_that_do_not_fit_are_refused(table):
     with pytest.raises(ValueError, match="the table has no column 'alpha'"):
         explorers.sweep_explorer(table.drop(columns="alpha"))
