@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import hub_cache
 import pytest
 import torch
 from hypothesis import settings
@@ -45,6 +46,12 @@ def own_artifacts_but_teacher(own_artifacts: Path, monkeypatch: pytest.MonkeyPat
         (shared / kept).mkdir(parents=True, exist_ok=True)
         (own_artifacts / kept).symlink_to(shared / kept, target_is_directory=True)
     return own_artifacts
+
+
+@pytest.fixture(scope="session")
+def hub_environment(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process that finds the hub's presets, in small, in a local cache and has no network."""
+    return hub_cache.build(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ from kd_helpers.config import PACKAGED_MODEL
 from kd_helpers.data import LABEL_NAMES, clean, deduplicate, read_packaged_tweets
 from kd_helpers.models import load_tokenizer
 
-BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-DISTILBERT = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+BERT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 128}
 SPLITS = {"train": 10_200, "validation": 600, "test": 700}
 
 
@@ -36,7 +36,7 @@ def build(home: Path) -> dict[str, str]:
     tokenizer = load_tokenizer(PACKAGED_MODEL)
     for name, model in {
         "google-bert/bert-base-uncased": _random(BertForMaskedLM, BertConfig(**BERT)),
-        "google-bert/bert-large-uncased": _random(BertForMaskedLM, BertConfig(**BERT | {"num_hidden_layers": 3})),
+        "google-bert/bert-large-uncased": _random(BertForMaskedLM, BertConfig(**BERT | {"num_hidden_layers": 6})),
         "distilbert/distilbert-base-uncased": _random(DistilBertForMaskedLM, DistilBertConfig(**DISTILBERT)),
     }.items():
         add_model(home, name, model, tokenizer)
@@ -94,7 +94,9 @@ def _add(home: Path, repository: str, fill: Callable[[Path], object]) -> None:
 def _tweet_eval(folder: Path) -> None:
     """The sentiment task in Parquet with a dataset card, and a second task beside it as the real repository has."""
     tweets = deduplicate(clean(read_packaged_tweets()))[["text", "label"]]
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(LABEL_NAMES))})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(LABEL_NAMES))}
+    )
     cards, start = [], 0
     for task in ("sentiment", "emoji"):
         (folder / task).mkdir()

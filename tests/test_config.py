@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, require_hub, seed_everything
+from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, seed_everything
 
 BAD_VALUES = [
     ("temperature", 0, ValueError, "greater than 0"),
@@ -108,15 +108,6 @@ def test_seed_everything_repeats_draws():
     first = torch.rand(3)
     seed_everything(5)
     assert torch.equal(first, torch.rand(3))
-
-
-def test_unreachable_hub_is_named(monkeypatch):
-    import huggingface_hub.constants as hub
-
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"'google-bert/bert-base-uncased'.*preset='offline'"):
-        require_hub("google-bert/bert-base-uncased")
 
 
 def test_seeding_calls_exp_on_a_single_value_first(monkeypatch):

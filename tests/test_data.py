@@ -104,13 +104,20 @@ def test_hub_splits_stay_as_published_but_the_training_texts_are_cleaned(monkeyp
         validation=published(["leaked!", "leaked!"], [0, 0]),
         test=published(["http", "Last"], [1, 2]),
     )
-    monkeypatch.setattr(data, "require_hub", lambda name: None)
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda name, subset: raw)
+    monkeypatch.setattr(data.hub, "load_dataset", lambda name, subset: raw)
     pool, validation, test = data.read_hub_tweets("cardiffnlp/tweet_eval")
     assert sorted(pool["text"]) == ["Fine day", "New"]
     assert validation["text"].tolist() == ["leaked!", "leaked!"]
     assert test["text"].tolist() == ["http", "Last"]
     assert validation["id"].is_unique
+
+
+def test_splits_are_described_by_class(splits):
+    table = data.describe_splits(splits)
+    assert table.columns.tolist() == [*splits.label_names, "unlabelled", "all"]
+    assert table["all"].to_dict() == {part: len(getattr(splits, part)) for part in table.index}
+    assert table.loc["transfer", "unlabelled"] == 32
+    assert (table[list(splits.label_names)].sum(axis=1) + table["unlabelled"] == table["all"]).all()
 
 
 def test_asking_for_more_texts_than_there_are():

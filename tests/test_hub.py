@@ -1,0 +1,214 @@
+"""The hub's presets and checkpoints, against a local cache in the hub's own format; no test has a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import hub_cache
+import pytest
+import torch
+from conftest import tiny_bert, tiny_distilbert
+
+from kd_helpers import data, hub, models, training
+from kd_helpers.config import DistillConfig
+from kd_helpers.models import load_classifier, load_student, load_teacher, load_tokenizers, save_model
+from kd_helpers.teacher_logits import attach
+
+NAMES = ("negative", "neutral", "positive")
+
+
+@pytest.fixture
+def python(hub_environment, tmp_path):
+    """Run code in a process of its own, since the hub's library reads its settings when it is imported."""
+
+    def run(code: str) -> str:
+        environment = {
+            **os.environ,
+            **hub_environment,
+            "KD_ARTIFACTS": str(tmp_path / "artifacts"),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+def folder_with(tmp_path, model, tokenizer):
+    """A checkpoint in a folder, as `save_pretrained` leaves it."""
+    save_model(tmp_path / "checkpoint", model, tokenizer)
+    return str(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("preset", ["bert", "bert-large"])
+def test_a_preset_of_the_hub_distils_without_a_network(python, preset):
+    said = python(f"""
+import json
+from kd_helpers import DistillConfig, distill
+from kd_helpers.models import checkpoint_version
+sizes = {{"train_size": 200, "teacher_train_size": 200, "max_length": 32}}
+config = DistillConfig(preset={preset!r}, teacher_epochs=1, max_steps=4, **sizes)
+result = distill(config)
+print(json.dumps({{
+    "student": type(result.student).__name__,
+    "inputs": list(result.tokenizer("hello")),
+    "labels": list(result.student.config.id2label.values()),
+    "steps": result.metrics["steps"],
+    "student saved": (result.folder / "student" / "model.safetensors").exists(),
+    "version": checkpoint_version(config.teacher_source),
+}}))
+""")
+    found = json.loads(said.splitlines()[-1])
+    student = "DistilBertForSequenceClassification" if preset == "bert" else "BertForSequenceClassification"
+    assert found["student"] == student
+    assert found["labels"] == list(NAMES)
+    assert found["steps"] == 4
+    assert found["student saved"]
+    assert re.fullmatch(r"google-bert/bert-\w+-uncased@[0-9a-f]{40}", found["version"])
+
+
+def test_what_the_cache_lacks_is_one_sentence(python):
+    said = python("""
+from kd_helpers import DistillConfig, load_splits
+from kd_helpers.models import load_classifier, load_tokenizer
+calls = [
+    lambda: load_classifier("someone/pickled", ("a", "b"), seed=0),
+    lambda: load_classifier("someone/else", ("a", "b"), seed=0),
+    lambda: load_tokenizer("misspelt folder"),
+    lambda: load_splits(DistillConfig(data="someone/texts")),
+    lambda: load_splits(DistillConfig(data="cardiffnlp/tweet_eval")),
+    lambda: load_splits(DistillConfig(data="cardiffnlp/tweet_eval:irony")),
+]
+for call in calls:
+    try:
+        call()
+    except (FileNotFoundError, ValueError) as error:
+        print(error)
+""")
+    offline = "is not in the hub's local cache (HF_HUB_OFFLINE is set), or not whole"
+    lines = said.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith(f"model 'someone/pickled' {offline} (")
+    assert "safetensors" in lines[0]
+    assert lines[1] == f"model 'someone/else' {offline}; run `hf download someone/else` where there is a network."
+    assert lines[2].startswith(f"model 'misspelt folder' {offline}")
+    assert lines[3].startswith(
+        f"dataset 'someone/texts' {offline}; run `hf download someone/texts --repo-type dataset`"
+    )
+    assert lines[4].startswith(
+        "dataset 'cardiffnlp/tweet_eval' has no configuration None; write OWNER/NAME:CONFIGURATION"
+    )
+    assert lines[5].endswith("with one of sentiment, emoji.")
+
+
+def test_a_dataset_of_the_hub_is_own_data_too(python):
+    said = python("""
+from kd_helpers import DistillConfig, load_splits
+splits = load_splits(DistillConfig(data="cardiffnlp/tweet_eval:emoji", train_size=50))
+print(splits.label_names, len(splits.train), len(splits.validation), len(splits.test))
+""")
+    assert said.splitlines()[-1] == "('negative', 'neutral', 'positive') 50 600 700"
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["refuses", "never answers"])
+def test_no_network_is_said_within_five_seconds(monkeypatch, answers):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers:
+            server.listen()  # the connection is made, and then nothing comes
+        monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub.huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        for call in (
+            lambda: training.distill(DistillConfig(preset="bert")),
+            lambda: data.load_splits(DistillConfig(data="someone/texts")),
+            lambda: load_teacher(DistillConfig(teacher_checkpoint="someone/model"), NAMES),
+        ):
+            start = time.monotonic()
+            with pytest.raises(
+                ConnectionError, match=r"'\S+' is no local file or folder and the Hugging Face hub can't"
+            ):
+                call()
+            assert time.monotonic() - start < 5
+
+
+def test_a_trained_head_is_kept_in_the_order_of_the_data(tmp_path, tokenizer):
+    trained = hub_cache.sentiment_model(("Positive", "negative", "NEUTRAL"))
+    folder = folder_with(tmp_path, trained, tokenizer)
+    loaded = load_classifier(folder, NAMES, seed=5).eval()
+    ids = torch.tensor([[101, 2307, 102]])
+    with torch.no_grad():
+        wanted = trained.eval()(ids).logits[:, [1, 2, 0]]
+        torch.testing.assert_close(loaded(ids).logits, wanted)
+    assert loaded.config.id2label == dict(enumerate(NAMES))
+
+
+@pytest.mark.parametrize("labels", [("LABEL_0", "LABEL_1", "LABEL_2"), ("negative", "positive")])
+def test_a_head_for_other_labels_is_refused(tmp_path, tokenizer, labels):
+    folder = folder_with(tmp_path, hub_cache.sentiment_model(labels), tokenizer)
+    sentence = (
+        f"was trained for the labels {', '.join(labels)}, the data has negative, neutral, positive; name them alike"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_teacher(DistillConfig(teacher_checkpoint=folder), NAMES)
+
+
+def test_a_teacher_that_is_tuned_already_teaches_as_it_is(own_artifacts, tmp_path, tokenizer, small_data):
+    folder = folder_with(tmp_path, hub_cache.sentiment_model(NAMES), tokenizer)
+    config = DistillConfig(teacher_checkpoint=folder, teacher_epochs=0, train_size=64, max_length=24)
+    answers = training.teacher_answers(config, small_data, "train")
+    teacher = models.freeze(load_teacher(config, NAMES))
+    tokenized = data.tokenize(small_data.train.select([7]), tokenizer, 24)
+    (batch,) = data.evaluation_batches(tokenized, tokenizer)
+    with torch.no_grad():
+        again = teacher(**models.model_inputs(teacher, batch)).logits
+    torch.testing.assert_close(answers.lookup(batch["id"]), again, atol=0.02, rtol=0.02)
+    assert not (own_artifacts / "teachers").exists()
+
+
+def test_teacher_and_student_may_cut_texts_differently(own_artifacts, tmp_path, tokenizer, small_data):
+    teacher = hub_cache.sentiment_model(NAMES)
+    words = hub_cache.word_tokenizer([word for text in small_data.train["text"] for word in text.split()])
+    student = tiny_bert(1, seed=3)
+    config = DistillConfig(
+        teacher_checkpoint=folder_with(tmp_path / "teacher", teacher, tokenizer),
+        student_checkpoint=folder_with(tmp_path / "student", student, words),
+        teacher_epochs=0,
+        max_steps=3,
+        precision="float32",
+    )
+    tokenizers = load_tokenizers(config)
+    assert tokenizers.teacher("good day").input_ids != tokenizers.student("good day").input_ids
+    answers = training.teacher_answers(config, small_data, "student_train")
+    texts = data.tokenize(small_data.student_train, tokenizers.student, config.max_length)
+    row = attach(texts, answers)[5]
+    encoded = tokenizer(small_data.student_train["text"][5], return_tensors="pt")
+    with torch.no_grad():
+        wanted = teacher.eval()(**encoded).logits[0]
+    torch.testing.assert_close(torch.tensor(row["teacher_logits"]), wanted, atol=1e-4, rtol=1e-4)
+    result = training.distill(config, data=small_data)
+    saved = models.load_tokenizer(str(result.folder / "student"))
+    assert saved("good day").input_ids == words("good day").input_ids
+
+
+def test_another_checkpoint_in_the_same_folder_is_another_teacher(tmp_path, tokenizer):
+    versions = []
+    for seed in (0, 1):
+        folder = folder_with(tmp_path / str(seed), hub_cache.sentiment_model(NAMES, seed=seed), tokenizer)
+        versions.append(models.checkpoint_version(folder))
+    assert len(set(versions)) == 2
+    assert models.checkpoint_version(folder) == versions[1]
+
+
+def test_only_a_bert_lends_its_layers(tmp_path, tokenizer):
+    folder = folder_with(tmp_path, tiny_distilbert(), tokenizer)
+    config = DistillConfig(teacher_checkpoint=folder)
+    with pytest.raises(ValueError, match="layers are copied from a BERT, this teacher is a distilbert; name a student"):
+        load_student(config, ("LABEL_0", "LABEL_1", "LABEL_2"))
