@@ -308,7 +308,7 @@ def predictions_figure(found: Mapping[str, torch.Tensor], label_names: Sequence[
         for row, probability in enumerate(drawn):
             panel.text(probability, row, f" {probability:.2f}", va="center")
         panel.set(xlim=(0, 1.3), xticks=[0, 0.5, 1])
-        panel.set_title("\n".join(textwrap.wrap(_title(name), 96 // across)))
+        panel.set_title("\n".join(textwrap.wrap(_title(name), 88 // across)))
         panel.grid(axis="y", visible=False)
     for unused in panels[len(found) :]:
         unused.set_visible(False)
