@@ -140,7 +140,11 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 def load_saved(folder: Path) -> PreTrainedModel:
     """A classifier that this course saved, from safetensors, in eval mode."""
     with _quiet_transformers():
-        return AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    # Loaded weights are the mapped file: they would change with it, and lie where matrix products round otherwise.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def load_teacher(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:

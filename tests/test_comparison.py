@@ -122,7 +122,7 @@ def test_latency_counts_every_batch_but_the_warm_up(tokenized, tokenizer):
 
 
 def test_stored_comparison_fits_the_configuration(stored):
-    assert stored["config"] == FULL.to_dict(), "the configuration changed: run `make results` again"
+    assert DistillConfig(**stored["config"]) == FULL, "the configuration changed: run `make results` again"
     assert stored["seeds"] == list(FULL_SEEDS)
     assert {name: comparison.Arm(**arm) for name, arm in stored["arms"].items()} == ARMS
 
