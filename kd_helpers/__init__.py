@@ -3,7 +3,7 @@
 | module | chapter |
 |---|---|
 | `config` | 00: what a run is made of |
-| `data` | 01: tweets, splits, batches |
+| `data`, `own_data` | 01: tweets or your own texts, splits, batches |
 | `models` | 02: teacher and student |
 | `losses` | 03: the loss of distillation |
 | `optim` | 04: optimiser and learning rate |
@@ -11,8 +11,9 @@
 | `comparison` | 06: did it help? |
 | `sweep` | 07: which temperature, which alpha? |
 
-`artifacts`, `plots`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The names below can be
-imported from here; a module is loaded when one of its names is first used, so `import kd_helpers` costs nothing.
+`artifacts`, `hub`, `plots`, `explorers`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The
+names below can be imported from here; a module is loaded when one of its names is first used, so `import kd_helpers`
+costs nothing.
 """
 
 from __future__ import annotations

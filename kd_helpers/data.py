@@ -145,7 +145,7 @@ def read_own_data(config: DistillConfig) -> Corpus:
         FileNotFoundError: a file or a dataset is missing.
         ConnectionError: the hub can't be reached.
         ValueError: the data makes no sense (see `own_data`), a class has too few texts, or a held-out text has no
-            label or one that train lacks.
+            label or one that train lacks, or a split is empty.
     """
     splits = _read_own_splits(config)
     names = own_data.label_names(splits["train"].dropna(subset="label"), config.data)
@@ -155,6 +155,10 @@ def read_own_data(config: DistillConfig) -> Corpus:
     for split, rows in splits.items():
         held_out = {key for frame in frames.values() for key in frame["key"]}
         frames[split], left_out = _without_copies(rows, names, held_out)
+        if frames[split].empty:
+            raise ValueError(
+                f"{split} has no text left once copies and empty rows are removed; give it texts of its own."
+            )
         notes += [f"{split}, {note}" for note in left_out]
     hidden = frames["train"]["label"] == IGNORE_INDEX
     pool, unlabelled = frames["train"][~hidden], frames["train"][hidden]

@@ -121,6 +121,12 @@ def test_copies_are_removed_within_and_across_splits(write):
     } <= set(splits.notes)
 
 
+def test_rows_without_a_text_are_counted(write):
+    splits = load(write(csv([*REVIEWS, ("", "good"), ("  ", "bad")])))
+    assert "train, rows left out for want of a text: 2" in splits.notes
+    assert len(labels_of(splits)) == 60
+
+
 def test_every_class_is_in_every_split(write):
     rows = [(f"text {i}", f"class {i % 100:03}") for i in range(400)]
     splits = load(write(csv(rows)))
@@ -221,6 +227,10 @@ def test_bad_input_is_one_sentence(write, name, content, sentence):
     ("content", "sentence"),
     [
         ("text,label\nx,good\ny,\n", "test.csv, line 3: a test text has no label; label it or remove it."),
+        (
+            "text,label\n,good\n",
+            "test has no text left once copies and empty rows are removed; give it texts of its own.",
+        ),
         ("text,label\nx,good\ny,fair\n", "test.csv, line 3: the label 'fair' does not occur in train (bad, good)."),
     ],
 )
