@@ -37,6 +37,8 @@ from kd_helpers.config import DATA_FILES, DistillConfig
 if TYPE_CHECKING:
     import pandas as pd
 
+# jupyter_client interrupts a kernel before shutting it down; if it comes early the kernel logs an error that is none.
+QUIET = ("--IPKernelApp.log_level=CRITICAL",)
 OUTPUT = "output_dir"  # the parameter through which a notebook is told where its metrics.json goes
 BEST = "validation_accuracy"  # what the progress bar shows the best of: choices are made on validation
 SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
@@ -372,7 +374,7 @@ def _run_notebook(notebook: Notebook, run: Run, folder: Path, target: Path, thre
     try:
         parameters = run.parameters | {OUTPUT: str(output)}
         written = str(executed).replace("{", "{{").replace("}", "}}")  # papermill fills in what stands in braces
-        papermill.execute_notebook(notebook.source, written, parameters, progress_bar=False)
+        papermill.execute_notebook(notebook.source, written, parameters, progress_bar=False, extra_arguments=QUIET)
         if (output / "metrics.json").is_file():
             metrics = flatten(artifacts.load_json(output / "metrics.json"))
         else:
