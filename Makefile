@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Two at a time with a thread each: most tests wait for something else than arithmetic.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
@@ -26,8 +28,8 @@ site: $(READY) ## write artifacts/site/index.html: the course as pages, from wha
 	$(BIN)/python -m kd_helpers.course site
 
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
-	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider notebooks
+	$(PYTEST) --dist worksteal tests
+	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks
 
 test-browser: $(READY) ## the explorers in JupyterLab and Chromium; screenshots in artifacts/browser
 	$(BIN)/python -m pytest tests/browser
