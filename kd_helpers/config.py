@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,8 @@ class DistillConfig:
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("device", self.device, DEVICES)
         for name in TEXTS:
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
             _require_text(name, getattr(self, name))
         _require_columns(self)
         for name in ("epochs", "batch_size", "train_size", "teacher_train_size"):
@@ -210,7 +213,7 @@ def _require_choice(name: str, value: Any, choices: Any) -> None:
 
 def _require_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}; give text.")
+        raise TypeError(f"{name} is {type(value).__name__}; give text: a path, a hub name or the name of a column.")
 
 
 def _require_columns(config: DistillConfig) -> None:

@@ -329,8 +329,9 @@ def readme_results() -> str:
         f"{config['transfer_size']:,} without labels.",
         f"The teacher saw {config['teacher_train_size']:,} labels, the student's among them; the other {hidden:,} of "
         "those tweets are in the transfer set, labels hidden.",
-        "Equal steps are more than suits the baseline: stopped at its best epoch on validation, it is there "
-        f"{100 * (distilled - best):.1f} points behind the tuned teacher's, not {100 * (distilled - last):.1f}.",
+        "Equal steps are more than suits the baseline. On validation it ends "
+        f"{100 * (distilled - last):.1f} points behind the tuned teacher's student; stopped at its best epoch it would be "
+        f"{100 * (distilled - best):.1f} behind.",
         f"Made with torch {made['torch']} on {made['date']}.",
     ]
     return "\n".join([*table, "", *notes])

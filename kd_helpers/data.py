@@ -150,14 +150,16 @@ def read_own_data(config: DistillConfig) -> Corpus:
     splits = _read_own_splits(config)
     names = own_data.label_names(splits["train"].dropna(subset="label"), config.data)
     _require_known_labels(splits, names)
-    notes = [f"{split}, rows read: {len(rows):,}" for split, rows in splits.items()]
+    counts = splits["train"]["label"].value_counts()
+    notes = ["classes: " + ", ".join(f"{name} ({counts[name]:,})" for name in names)]
+    notes += [_about_rows(split, rows) for split, rows in splits.items()]
     frames: dict[str, pd.DataFrame] = {}
     for split, rows in splits.items():
         held_out = {key for frame in frames.values() for key in frame["key"]}
         frames[split], left_out = _without_copies(rows, names, held_out)
         if frames[split].empty:
             raise ValueError(
-                f"{split} has no text left once copies and empty rows are removed; give it texts of its own."
+                f"{split} has no text left once empty, disputed and copied rows are removed; give it more."
             )
         notes += [f"{split}, {note}" for note in left_out]
     hidden = frames["train"]["label"] == IGNORE_INDEX
@@ -167,11 +169,10 @@ def read_own_data(config: DistillConfig) -> Corpus:
     for split in cut:
         frames[split], pool = _cut_from(pool, *OWN_SHARES[split])
         notes.append(f"{split}, texts cut from train, of each class its share: {len(frames[split]):,}")
-    if len(pool) < max(config.train_size, config.teacher_train_size):
-        notes.append(
-            f"train, labelled texts that are left: {len(pool):,}, fewer than train_size ({config.train_size:,}) or "
-            f"teacher_train_size ({config.teacher_train_size:,}), so all are taken"
-        )
+    notes.append(
+        f"train, labelled texts: {len(pool):,}; the student takes {min(len(pool), config.train_size):,} (train_size), "
+        f"the teacher {min(len(pool), config.teacher_train_size):,} (teacher_train_size)"
+    )
     return Corpus(pool, unlabelled, frames["validation"], frames["test"], names, tuple(notes))
 
 
@@ -185,8 +186,15 @@ def _read_own_splits(config: DistillConfig) -> dict[str, pd.DataFrame]:
         )
     for split, source in {"validation": config.validation_data, "test": config.test_data}.items():
         if source:
-            splits[split] = own_data.read_texts(source, **columns)["train"]
+            splits[split] = own_data.read_file(source, **columns)
     return {split: splits[split] for split in ("test", "validation", "train") if split in splits}
+
+
+def _about_rows(split: str, rows: pd.DataFrame) -> str:
+    """How many rows there are, and the longest: a quote that is never closed swallows many."""
+    longest = rows.loc[rows["text"].str.len().idxmax()]
+    characters = len(longest["text"])
+    return f"{split}, rows read: {len(rows):,}, the longest text has {characters:,} characters ({longest['place']})"
 
 
 def _require_known_labels(splits: dict[str, pd.DataFrame], names: tuple[str, ...]) -> None:

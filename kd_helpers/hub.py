@@ -26,8 +26,8 @@ def require_hub(name: str) -> None:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
     except Exception as error:  # which one depends on the HTTP library that huggingface_hub uses
         raise ConnectionError(
-            f"{name!r} is no local file or folder and the Hugging Face hub can't be reached; download it first and set "
-            "HF_HUB_OFFLINE=1, or use preset='offline'."
+            f"{name!r} is no local file or folder and the Hugging Face hub can't be reached; download it first "
+            "(`hf download`) and set HF_HUB_OFFLINE=1, or give a local path, or use preset='offline'."
         ) from error
 
 

@@ -22,6 +22,7 @@ from kd_helpers import hub
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 MAX_CLASSES = 100
+NO_LABEL = ("", "nan", "n/a", "<na>")  # as other programs write that there is none
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 
@@ -40,7 +41,7 @@ def read_texts(source: str, *, text_column: str, label_column: str) -> dict[str,
     Args:
         source: path of a file (see `FORMATS`), or `owner/name` or `owner/name:configuration` on the hub.
         text_column: where the texts stand.
-        label_column: where the labels stand; it may be missing from a file whose rows all have none.
+        label_column: where the labels stand.
 
     Returns:
         For each split (a file is the split `train`) the columns `text`, `label` (a name, or None where there is
@@ -51,31 +52,36 @@ def read_texts(source: str, *, text_column: str, label_column: str) -> dict[str,
         ConnectionError: the hub can't be reached.
         ValueError: the file can't be read, a column is missing, or a row makes no sense; the sentence names it.
     """
-    path = Path(source).expanduser()
-    if path.suffix.lower() in FORMATS:
-        return {"train": _frame(_read_file(path, text_column, label_column))}
-    found = _HUB_NAME.fullmatch(source)
-    if path.exists() or not found:
-        raise ValueError(
-            f"data is {source!r}; give a file that ends in {', '.join(FORMATS)}, or a hub name OWNER/NAME."
-        )
-    splits = hub.load_dataset(*found.groups())
+    named = _HUB_NAME.fullmatch(source)
+    if Path(source).suffix.lower() in FORMATS or Path(source).exists() or not named:
+        return {"train": read_file(source, text_column=text_column, label_column=label_column)}
+    splits = hub.load_dataset(*named.groups())
     return {
         name: _frame(_from_hub(f"{source}, {name}", split, text_column, label_column)) for name, split in splits.items()
     }
 
 
-def _read_file(path: Path, text_column: str, label_column: str) -> Iterable[Record]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no file {str(path)!r}; check the path, which is relative to {Path.cwd().name}/."
+def read_file(source: str, *, text_column: str, label_column: str) -> pd.DataFrame:
+    """Read a file; as `read_texts`, of which it is one split."""
+    path = Path(source).expanduser()
+    if "://" in source:
+        raise ValueError(f"{source!r} is an address; download the file and give its path.")
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(
+            f"{source!r} can't be read; give a file that ends in {', '.join(FORMATS)} (save a spreadsheet as CSV, "
+            "unpack an archive), or as data the name OWNER/NAME of a hub dataset."
         )
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {source!r} in {Path.cwd()}; check the path.")
     if path.suffix.lower() == ".parquet":
-        return _from_parquet(path, text_column, label_column)
-    lines = _lines(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return _from_csv(path.name, lines, text_column, label_column)
-    return _from_json_lines(path.name, lines, text_column, label_column)
+        frame = _frame(_from_parquet(path, text_column, label_column))
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        frame = _frame(_from_csv(path.name, _lines(path), text_column, label_column))
+    else:
+        frame = _frame(_from_json_lines(path.name, _lines(path), text_column, label_column))
+    if frame.empty:
+        raise ValueError(f"{path.name} has no rows; give it some.")
+    return frame
 
 
 def _lines(path: Path) -> list[str]:
@@ -91,12 +97,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _from_csv(name: str, lines: list[str], text_column: str, label_column: str) -> Iterator[Record]:
-    header = lines[0] if lines else ""
-    # Spreadsheets of some countries write semicolons: take what separates the wanted column from the others.
-    delimiters = [mark for mark in ",;\t" if text_column in next(csv.reader([header], delimiter=mark), [])]
     csv.field_size_limit(2**31 - 1)  # the default refuses texts beyond 131,072 characters
-    rows = csv.reader(lines, delimiter=delimiters[0] if delimiters else ",", strict=True)
-    columns = _columns(name, next(rows, []), text_column, label_column)
+    rows = csv.reader(lines, delimiter=_delimiter(lines[0] if lines else "", text_column), strict=True)
+    columns: list[str] = []
     while True:
         line = rows.line_num + 1
         try:
@@ -104,19 +107,34 @@ def _from_csv(name: str, lines: list[str], text_column: str, label_column: str) 
         except csv.Error as error:
             raise ValueError(f"{name}, line {line}: {error}; check the quotes from this line on.") from error
         if row is None:
-            return
+            break
         if not row:  # an empty line
+            continue
+        if not columns:
+            columns = _columns(name, row, text_column, label_column)
             continue
         if len(row) != len(columns):
             raise ValueError(
-                f"{name}, line {line}: {len(row)} fields where the header has {len(columns)}; "
+                f"{name}, line {line}: {_count(len(row), 'field')} where the header has {len(columns)}; "
                 "put texts that hold the separator into quotes."
             )
         fields = dict(zip(columns, row, strict=True))
-        yield Record(f"{name}, line {line}", fields[text_column], fields.get(label_column))
+        yield Record(f"{name}, line {line}", fields[text_column], fields[label_column])
+    if not columns:
+        _columns(name, [], text_column, label_column)
+
+
+def _delimiter(header: str, text_column: str) -> str:
+    """What separates the columns: spreadsheets of some countries write semicolons."""
+
+    def columns(mark: str) -> list[str]:
+        return next(csv.reader([header], delimiter=mark), [])
+
+    return max(",;\t|", key=lambda mark: (text_column in columns(mark), len(columns(mark))))
 
 
 def _from_json_lines(name: str, lines: list[str], text_column: str, label_column: str) -> Iterator[Record]:
+    seen: dict[str, None] = {}
     for line, content in enumerate(lines, start=1):
         if not content.strip():
             continue
@@ -125,12 +143,13 @@ def _from_json_lines(name: str, lines: list[str], text_column: str, label_column
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}, line {line}: no JSON ({error.msg}); write one object on each line.") from error
         if not isinstance(fields, dict):
-            raise ValueError(
-                f"{name}, line {line}: {content.strip()[:40]!r} is no object; write one object on each line."
-            )
+            raise ValueError(f"{name}, line {line}: {_short(content)} is no object; write one object on each line.")
+        seen |= dict.fromkeys(fields)
         if text_column not in fields:
             _columns(f"{name}, line {line}", list(fields), text_column, label_column)
         yield Record(f"{name}, line {line}", fields[text_column], fields.get(label_column))
+    if seen:  # a row may lack its label, but not every row
+        _columns(name, list(seen), text_column, label_column)
 
 
 def _from_parquet(path: Path, text_column: str, label_column: str) -> Iterator[Record]:
@@ -138,16 +157,17 @@ def _from_parquet(path: Path, text_column: str, label_column: str) -> Iterator[R
         table = pd.read_parquet(path)
     except Exception as error:  # pyarrow's errors have no common ancestor of their own
         raise ValueError(f"{path.name} can't be read as Parquet ({error}); write it anew.") from error
-    columns = _columns(path.name, list(table.columns), text_column, label_column)
-    labels = table[label_column].tolist() if label_column in columns else [None] * len(table)
-    for row, (text, label) in enumerate(zip(table[text_column].tolist(), labels, strict=True), start=1):
+    _columns(path.name, list(table.columns), text_column, label_column)
+    for row, (text, label) in enumerate(
+        zip(table[text_column].tolist(), table[label_column].tolist(), strict=True), start=1
+    ):
         yield Record(f"{path.name}, row {row}", text, label)
 
 
 def _from_hub(name: str, split: datasets.Dataset, text_column: str, label_column: str) -> Iterator[Record]:
-    columns = _columns(name, split.column_names, text_column, label_column)
-    labels = split[label_column][:] if label_column in columns else [None] * len(split)
-    feature = split.features.get(label_column)
+    _columns(name, split.column_names, text_column, label_column)
+    labels = split[label_column][:]
+    feature = split.features[label_column]
     if isinstance(feature, datasets.ClassLabel):  # numbers with names; the hub writes −1 where the label is secret
         labels = [None if label is None or label < 0 else feature.int2str(label) for label in labels]
     for row, (text, label) in enumerate(zip(split[text_column][:], labels, strict=True), start=1):
@@ -155,14 +175,24 @@ def _from_hub(name: str, split: datasets.Dataset, text_column: str, label_column
 
 
 def _columns(name: str, columns: list[str], text_column: str, label_column: str) -> list[str]:
-    """The columns, when those that are needed are there and none comes twice."""
-    if text_column not in columns:
-        listed = ", ".join(repr(column) for column in columns[:10]) or "none"
-        raise ValueError(f"{name} has no column {text_column!r} but {listed}; name the right one as text_column.")
-    for column in (text_column, label_column):
+    """The columns, when those that are needed are there and none of them comes twice."""
+    for role, column in {"text_column": text_column, "label_column": label_column}.items():
+        if column not in columns:
+            listed = ", ".join(map(_short, columns[:10])) or "none"
+            raise ValueError(f"{name} has no column {column!r} but {listed}; name the right one as {role}.")
         if columns.count(column) > 1:
             raise ValueError(f"{name} has {columns.count(column)} columns {column!r}; keep one.")
     return columns
+
+
+def _short(value: object) -> str:
+    """What was given, as it fits into a sentence."""
+    shown = repr(value.strip() if isinstance(value, str) else value)
+    return shown if len(shown) <= 50 else f"{shown[:45]} …"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -179,7 +209,7 @@ def as_text(record: Record) -> str:
     if _is_missing(record.text):
         return ""
     if not isinstance(record.text, str):
-        raise ValueError(f"{record.place}: {record.text!r} is no text; give text, or name the right text_column.")
+        raise ValueError(f"{record.place}: {_short(record.text)} is no text; give text, or name the right text_column.")
     return record.text.strip()
 
 
@@ -195,9 +225,13 @@ def as_label(record: Record) -> str | None:
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, (str, int)):
-        raise ValueError(f"{record.place}: the label {label!r} is neither a name nor a whole number; give one of them.")
+        raise ValueError(
+            f"{record.place}: the label {_short(label)} is neither a name nor a whole number; give one of them."
+        )
     name = str(label).strip()
-    return (str(int(float(name))) if _WHOLE.fullmatch(name) else name) or None
+    if name.casefold() in NO_LABEL:
+        return None
+    return str(int(float(name))) if _WHOLE.fullmatch(name) else name
 
 
 def _is_missing(value: Any) -> bool:
@@ -218,7 +252,7 @@ def label_names(labelled: pd.DataFrame, source: str) -> tuple[str, ...]:
     if not 2 <= len(names) <= MAX_CLASSES:
         few = "" if len(names) > 1 else f" ({names[0]!r})" if names else ""
         raise ValueError(
-            f"{source} has {len(names):,} labels{few}; have 2 to {MAX_CLASSES}, or name the right label_column."
+            f"{source} has {_count(len(names), 'label')}{few}; have 2 to {MAX_CLASSES}, or name the right label_column."
         )
     by_case: dict[str, str] = {}
     for name, place in labelled.drop_duplicates("label")[["label", "place"]].itertuples(index=False):

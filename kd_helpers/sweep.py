@@ -32,7 +32,7 @@ import nbformat
 from tqdm.auto import tqdm
 
 from kd_helpers import __version__, artifacts
-from kd_helpers.config import DATA_FILES, DistillConfig
+from kd_helpers.config import DATA_FILES, TEXTS, DistillConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,12 +203,16 @@ def plan(
             raise ValueError(f"{name} lists {repeated[0]!r} twice; give each value once.")
     constant = {name: parse(notebook, name, str(value)) for name, value in fixed.items()}
     defaults = {name: value for name, value in notebook.defaults.items() if name != OUTPUT}
-    settings = []
+    settings, read = [], set()
     for values in itertools.product(*axes.values()):
         parameters = defaults | constant | dict(zip(axes, values, strict=True))
         alike = parameters
         if notebook.distils:
-            configuration(parameters)
+            config = configuration(parameters)
+            source = tuple(getattr(config, name) for name in TEXTS)
+            if config.data and source not in read:
+                _require_readable(config)
+                read.add(source)
             if parameters.get("alpha") == 0 and "temperature" in parameters:
                 alike = parameters | {"temperature": notebook.defaults["temperature"]}
         settings.append(Setting(parameters, Run(run_name(notebook, alike), alike)))
@@ -230,6 +234,16 @@ def run_name(notebook: Notebook, parameters: Parameters) -> str:
 def _is_data_file(name: str, value: Any) -> bool:
     """Whether a parameter names a file of texts, whose content belongs to the run."""
     return name in DATA_FILES and Path(value).is_file()
+
+
+def _require_readable(config: DistillConfig) -> None:
+    """Refuse texts that the runs could not read; one that fails here would fail in every run."""
+    from kd_helpers.data import load_splits  # which loads torch, and is not needed for the course's own tweets
+
+    try:
+        load_splits(config)
+    except (OSError, ValueError) as error:  # whoever plans a sweep expects a ValueError
+        raise ValueError(str(error)) from error
 
 
 def configuration(parameters: Parameters) -> DistillConfig:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import __version__, artifacts
-from kd_helpers.config import DistillConfig, pick_device, pick_precision, seed_everything
+from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, seed_everything
 from kd_helpers.data import DataSplits, evaluation_batches, load_splits, tokenize, training_batches
 from kd_helpers.lean import lean_training
 from kd_helpers.losses import DistillationLoss, distillation_loss
@@ -337,7 +337,8 @@ class DistillResult:
         student: the trained student, in eval mode.
         tokenizer: its tokenizer.
         history: one entry an epoch (see `train`).
-        metrics: `validation` and `test` (see `classification_metrics`), `steps`, `seconds`.
+        metrics: `validation` and `test` (see `classification_metrics`), `steps`, `labelled` and `unlabelled` texts
+            that were trained on, `seconds`.
         predictions: the student's logits on the test split.
         folder: where all of it was saved.
     """
@@ -395,6 +396,8 @@ def distill(
         "validation": history[-1]["validation"],
         "test": classification_metrics(predictions.logits, predictions.labels),
         "steps": history[-1]["step"],
+        "labelled": len(data.train),
+        "unlabelled": len(data.transfer),
         "seconds": time.perf_counter() - start,
     }
     made_of = {
@@ -449,8 +452,9 @@ tags: [knowledge-distillation]
 ---
 # A small classifier: {names}
 
-Trained {signal}, on {config.train_size:,} labelled and {config.transfer_size:,} unlabelled texts for
-{result.metrics["steps"]:,} steps, seed {config.seed}. Preset {config.preset}, teacher {config.teacher_source}.
+Trained {signal}, on {result.metrics["labelled"]:,} labelled and {result.metrics["unlabelled"]:,} unlabelled texts of
+{Path(config.data).name or PRESETS[config.preset].data} for {result.metrics["steps"]:,} steps, seed {config.seed}.
+Preset {config.preset}, teacher {Path(config.teacher_checkpoint).name or config.teacher_source}.
 
 | test split | |
 |---|---|
@@ -459,6 +463,6 @@ Trained {signal}, on {config.train_size:,} labelled and {config.transfer_size:,}
 ```python
 from transformers import pipeline
 
-pipeline("text-classification", "path/to/this/folder")("What a lovely morning")
+pipeline("text-classification", "path/to/this/folder")("a text to classify")
 ```
 """

@@ -47,7 +47,10 @@ def test_every_text_is_in_one_split_with_its_own_label(write):
     assert labels_of(splits) == dict(REVIEWS)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (43, 5, 12)
     assert splits.label_names == ("bad", "good")
-    assert "fewer than train_size (2,500)" in splits.notes[-1]
+    assert splits.notes[0] == "classes: bad (20), good (40)"
+    assert splits.notes[-1] == (
+        "train, labelled texts: 43; the student takes 43 (train_size), the teacher 43 (teacher_train_size)"
+    )
     table = data.describe_splits(splits)
     assert table.loc["test"].tolist() == [4, 8, 0, 12]
     assert table.loc["transfer"].tolist() == [0, 0, 0, 0]
@@ -121,6 +124,24 @@ def test_copies_are_removed_within_and_across_splits(write):
     } <= set(splits.notes)
 
 
+def test_a_text_that_swallowed_others_is_seen_in_the_notes(write):
+    swallowed = "\n".join(f"review number {i},good" for i in range(20, 30))
+    source = write(csv(REVIEWS[:20]) + f'"a stray quote {swallowed}",good\n')
+    (note,) = [note for note in load(source).notes if note.startswith("train, rows read")]
+    assert note == "train, rows read: 21, the longest text has 233 characters (reviews.csv, line 22)"
+
+
+def test_a_label_that_says_it_is_missing_is_missing(write):
+    rows = [*REVIEWS, ("one", "nan"), ("two", "N/A"), ("three", "none")]
+    splits = load(write(csv([*rows, ("four", "none"), ("five", "none")])))
+    assert splits.label_names == ("bad", "good", "none")
+    assert set(splits.transfer["text"]) == {"one", "two"}
+
+
+def test_a_path_object_is_a_path(write):
+    assert load(Path(write(csv(REVIEWS)))).test.to_dict() == load("reviews.csv").test.to_dict()
+
+
 def test_rows_without_a_text_are_counted(write):
     splits = load(write(csv([*REVIEWS, ("", "good"), ("  ", "bad")])))
     assert "train, rows left out for want of a text: 2" in splits.notes
@@ -157,17 +178,40 @@ def test_other_columns(write):
 
 GOOD = csv(REVIEWS)
 BAD = {
-    "no such file": ("missing.csv", None, r"there is no file 'missing.csv'; check the path"),
-    "another format": ("reviews.xlsx", b"PK", r"data is 'reviews.xlsx'; give a file that ends in .csv, "),
+    "no such file": ("missing.csv", None, r"there is no file 'missing.csv' in "),
+    "another format": ("reviews.xlsx", b"PK", r"'reviews.xlsx' can't be read; give a file that ends in .csv, "),
     "no header": ("a.csv", "", r"a.csv has no column 'text' but none; name the right one as text_column"),
     "another column": (
         "a.csv",
         "review,label\nx,1\n",
         r"a.csv has no column 'text' but 'review', 'label'; name the right",
     ),
+    "semicolons and another column": (
+        "a.csv",
+        "review;label\nx;1\n",
+        r"a.csv has no column 'text' but 'review', 'label'; ",
+    ),
+    "another label column": (
+        "a.csv",
+        "text,stars\nx,1\n",
+        r"a.csv has no column 'label' but 'text', 'stars'; name the ri",
+    ),
+    "no label in JSON": (
+        "a.jsonl",
+        '{"text": "x", "y": 1}\n',
+        r"a.jsonl has no column 'label' but 'text', 'y'; name the",
+    ),
+    "an open quote in the header": (
+        "a.csv",
+        '"text;label\nx;1\n',
+        r"a.csv, line 1: unexpected end of data; check the quo",
+    ),
+    "no rows": ("a.csv", "text,label\n", r"a.csv has no rows; give it some."),
+    "an address": ("https://example.com/a.csv", None, r"'https://example.com/a.csv' is an address; download the file"),
+    "a folder": (".", None, r"'.' can't be read; give a file that ends in .csv"),
     "a column twice": ("a.csv", "text,label,text\nx,1,y\n", r"a.csv has 2 columns 'text'; keep one."),
     "too many fields": ("a.csv", GOOD + "so, so,bad\n", r"a.csv, line 62: 3 fields where the header has 2; put texts"),
-    "too few fields": ("a.csv", GOOD + "alone\n", r"a.csv, line 62: 1 fields where the header has 2"),
+    "too few fields": ("a.csv", GOOD + "alone\n", r"a.csv, line 62: 1 field where the header has 2"),
     "an open quote": (
         "a.csv",
         GOOD + '"open,bad\nand on\n',
@@ -199,7 +243,7 @@ BAD = {
         csv([("a", ""), ("b", "")]),
         r"a.csv has 0 labels; have 2 to 100, or name the right label_col",
     ),
-    "one label": ("a.csv", csv([("a", "x"), ("b", "x")]), r"a.csv has 1 labels ('x'); have 2 to 100"),
+    "one label": ("a.csv", csv([("a", "x"), ("b", "x")]), r"a.csv has 1 label ('x'); have 2 to 100"),
     "101 labels": ("a.csv", csv([(f"t{i}", f"c{i}") for i in range(101)]), r"a.csv has 101 labels; have 2 to 100"),
     "case": (
         "a.csv",
@@ -229,7 +273,7 @@ def test_bad_input_is_one_sentence(write, name, content, sentence):
         ("text,label\nx,good\ny,\n", "test.csv, line 3: a test text has no label; label it or remove it."),
         (
             "text,label\n,good\n",
-            "test has no text left once copies and empty rows are removed; give it texts of its own.",
+            "test has no text left once empty, disputed and copied rows are removed; give it more.",
         ),
         ("text,label\nx,good\ny,fair\n", "test.csv, line 3: the label 'fair' does not occur in train (bad, good)."),
     ],
@@ -256,7 +300,7 @@ def test_choices_that_do_not_fit(choices, sentence):
 
 
 def test_a_path_must_be_text():
-    with pytest.raises(TypeError, match="data is 5; give text"):
+    with pytest.raises(TypeError, match="data is int; give text: a path"):
         DistillConfig(data=5)
 
 
