@@ -63,6 +63,7 @@ def models():
 
 @pytest.fixture
 def all_explorers(table, models, tokenizer) -> dict[str, widgets.VBox]:
+    plt.close("all")  # what other tests have left
     return {
         "temperature": explorers.temperature_explorer(["good", "bad"], logits(2, 3), NAMES),
         "loss": explorers.loss_explorer(TEACHER, STUDENT, 1, NAMES),
