@@ -330,8 +330,8 @@ def readme_results() -> str:
         f"The teacher saw {config['teacher_train_size']:,} labels, the student's among them; the other {hidden:,} of "
         "those tweets are in the transfer set, labels hidden.",
         "Equal steps are more than suits the baseline. On validation it ends "
-        f"{100 * (distilled - last):.1f} points behind the tuned teacher's student; stopped at its best epoch it would be "
-        f"{100 * (distilled - best):.1f} behind.",
+        f"{100 * (distilled - last):.1f} points behind the tuned teacher's student; stopped at its best epoch, "
+        f"{100 * (distilled - best):.1f}.",
         f"Made with torch {made['torch']} on {made['date']}.",
     ]
     return "\n".join([*table, "", *notes])
