@@ -35,12 +35,19 @@ summary { cursor: pointer; padding: 0.4em; font: 1rem system-ui, sans-serif; }
   .jp-RenderedHTMLCommon { padding-right: 0; }
 }
 """
-FOLD_SOLUTIONS = """
-for (const cell of document.querySelectorAll(".celltag_solution")) {
+# Solutions whole, and the code of cells that begin with a title, as JupyterLab and Colab fold them.
+FOLD = """
+function fold(element, name) {
   const folded = document.createElement("details");
-  folded.innerHTML = "<summary>Solution</summary>";
-  cell.before(folded);
-  folded.append(cell);
+  folded.append(document.createElement("summary"));
+  folded.firstChild.textContent = name;
+  element.before(folded);
+  folded.append(element);
+}
+for (const cell of document.querySelectorAll(".celltag_solution")) fold(cell, "Solution");
+for (const code of document.querySelectorAll(".jp-CodeCell:not(.celltag_solution) .jp-Cell-inputWrapper")) {
+  const title = code.querySelector(".highlight")?.textContent.trim().match(/^# @title (.+)/);
+  if (title) fold(code, title[1]);
 }
 """
 # Without RequireJS, MathJax and Mermaid, which come from servers; with the descriptions that figures carry.
@@ -54,7 +61,7 @@ TEMPLATE = f"""
 {{%- set alt = output | get_metadata("alt", "image/png") or "figure" -%}}
 {{{{ super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ', 1) }}}}
 {{%- endblock -%}}
-{{%- block body_footer -%}}<script>{FOLD_SOLUTIONS}</script>{{{{ super() }}}}{{%- endblock -%}}
+{{%- block body_footer -%}}<script>{FOLD}</script>{{{{ super() }}}}{{%- endblock -%}}
 """
 INDEX = """<!DOCTYPE html>
 <html lang="en">

@@ -472,3 +472,21 @@ def test_stored_sweep_was_measured(stored):
     assert {"kd_helpers", "python", "torch", "transformers", "date", "threads"} <= set(stored["made_with"])
     assert stored["notebook"] == SWEPT.stem
     assert set(stored["fixed"]) <= set(sweep.read_notebook(SWEPT).defaults)
+
+
+def test_texts_that_cant_be_read_are_refused_by_the_plan(tmp_path):
+    notebook = sweep.read_notebook(SWEPT)
+    with pytest.raises(ValueError, match=r"there is no file 'missing.csv' in"):
+        sweep.plan(notebook, {"alpha": [0.0, 0.5]}, {"data": "missing.csv"})
+
+
+def test_other_texts_in_the_same_file_are_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = sweep.read_notebook(SWEPT)
+    names = set()
+    for word in ("fine", "other"):
+        rows = "".join(f"{word} {number},{number % 2}\n" for number in range(20))
+        Path("own.csv").write_text("text,label\n" + rows)
+        (setting,) = sweep.plan(notebook, {"alpha": [0.5]}, {"data": "own.csv"})
+        names.add(setting.run.name)
+    assert len(names) == 2
