@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -61,7 +62,9 @@ def executions(path: Path) -> list[str]:
 
 def start(path: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "kd_helpers.sweep", str(path), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A job in the background of a script ignores Ctrl-C, and so would what it starts; a reader's shell does not.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
 
 
 def wait_until(holds, seconds: float = 60) -> None:
