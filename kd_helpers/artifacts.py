@@ -2,19 +2,22 @@
 
 Everything lies under one folder and is addressed by a fingerprint of what produced it. A file is
 written under a temporary name and renamed when it is whole; a folder carries the SHA-256 of its files
-and is trusted only while they fit.
+and is trusted only while they fit. What can't be written is said in one sentence, and leaves what was there before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,19 @@ import filelock
 
 MANIFEST = "manifest.json"
 RESULTS = Path(__file__).resolve().parent / "results"  # long results that come with the package, with what made them
+
+_FREE = "free some space, then run again: what was finished before is kept"
+_ELSEWHERE = "set KD_ARTIFACTS (or the output folder) to a place that you may write to"
+WHY_NOT_WRITTEN = {
+    errno.ENOSPC: ("the disk is full", _FREE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE),
+    errno.EFBIG: ("the file is larger than this system allows", _FREE),
+    errno.EROFS: ("the disk is read-only", _ELSEWHERE),
+    errno.EACCES: ("you have no right to", _ELSEWHERE),
+    errno.EPERM: ("you have no right to", _ELSEWHERE),
+    errno.EEXIST: ("a file stands where a folder is needed", _ELSEWHERE),
+    errno.ENOTDIR: ("a file stands where a folder is needed", _ELSEWHERE),
+}
 
 
 def artifacts_dir() -> Path:
@@ -50,11 +66,46 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old one or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader finds the old one or the whole new one, never a part.
+
+    Raises:
+        OSError: it can't be written; one sentence says why.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Say in one sentence why `place` can't be written, whichever library found out; other errors pass as they are."""
+    try:
+        yield
+    except Exception as error:
+        code = _error_number(error)
+        if code not in WHY_NOT_WRITTEN:
+            raise
+        reason, remedy = WHY_NOT_WRITTEN[code]
+        sentence = OSError(f"{place} can't be written: {reason}; {remedy}.")
+        sentence.errno = code
+        raise sentence from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors and tokenizers, written in Rust, have it in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\b(?:code: |os error )(\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def save_json(path: Path, content: Any) -> None:
@@ -63,8 +114,31 @@ def save_json(path: Path, content: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read what `save_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read what `save_json` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; delete it and run again.") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from making `folder` meanwhile; wait for one that is at it.
+
+    The operating system releases the lock of a process that dies, so a stale one can't block us.
+    """
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:
@@ -77,9 +151,7 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:
     Returns:
         True if it was there already.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The operating system releases the lock of a process that dies, so a stale one can't block us.
-    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder):
         if is_intact(folder):
             return True
         if folder.exists():
@@ -92,34 +164,56 @@ def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
     """Let `build` fill a folder beside `folder`, seal it, and put it in `folder`'s place when it is whole.
 
     One process at a time may write a folder: the caller holds its lock.
+
+    Raises:
+        OSError: it can't be written; one sentence says why. What stood there before still stands.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".building-{folder.name}-"
-    for abandoned in folder.parent.glob(f"{glob.escape(prefix)}*"):  # by a process that was killed
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as building:
-        made = Path(building) / "made"
-        made.mkdir()
-        build(made)
-        save_json(made / MANIFEST, _digests(made))
-        if folder.exists():
-            os.replace(folder, Path(building) / "old")
-        os.replace(made, folder)
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in folder.parent.glob(f"{glob.escape(prefix)}*"):  # by a process that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as building:
+            made = Path(building) / "made"
+            made.mkdir()
+            build(made)
+            seal(made, _files(made))
+            if folder.exists():
+                os.replace(folder, Path(building) / "old")
+            os.replace(made, folder)
+
+
+def seal(folder: Path, files: Iterable[str]) -> None:
+    """Write down the SHA-256 of some of a folder's files; a change in them is found by `damaged`."""
+    save_json(folder / MANIFEST, {name: file_digest(folder / name) for name in files})
+
+
+def damaged(folder: Path) -> list[str]:
+    """The sealed files of a folder that are missing or changed; the seal itself where it can't be read."""
+    try:
+        sealed = load_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return [MANIFEST]
+    return [name for name, digest in sealed.items() if not _fits(folder / name, digest)]
 
 
 def is_intact(folder: Path) -> bool:
     """Whether a folder holds exactly the files that were sealed into it."""
+    return damaged(folder) == [] and load_json(folder / MANIFEST).keys() == set(_files(folder))
+
+
+def _fits(path: Path, digest: str) -> bool:
     try:
-        return load_json(folder / MANIFEST) == _digests(folder)
-    except (OSError, ValueError):
+        return file_digest(path) == digest
+    except OSError:
         return False
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): file_digest(path)
-        for name, path in files.items()
-        # Hidden files are those that a file browser or an editor leaves behind.
+def _files(folder: Path) -> list[str]:
+    """Its files, those in its folders too; hidden ones are what a file browser or an editor leaves behind."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        name.as_posix()
+        for name in names
         if name.name != MANIFEST and not any(part.startswith(".") for part in name.parts)
-    }
+    ]

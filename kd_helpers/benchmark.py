@@ -410,10 +410,13 @@ def step_share(bench: Bench, precision: torch.dtype, repeats: int = 30) -> dict[
     }
 
 
+PEAK_SIZES = (1024, 2048, 4096)
+
+
 def matrix_peak(device: torch.device, precision: torch.dtype) -> float:
     """Floating-point operations a second of the fastest of some square matrix products."""
     repeats, best = 10, 0.0  # several in a row, or a fast GPU would be measured by how fast it is asked
-    for size in (1024, 2048, 4096):
+    for size in PEAK_SIZES:
         left, right = (torch.randn(size, size, device=device).to(precision) for _ in range(2))
         products = functools.partial(_repeat, torch.matmul, left, right, times=repeats)
         seconds = min(timed(products, device) for _ in range(5))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -246,6 +247,26 @@ def _cut_from(pool: pd.DataFrame, share: float, at_most: int) -> tuple[pd.DataFr
     return pool[chosen], pool[~chosen]
 
 
+def require_disjoint(data: DataSplits) -> None:
+    """Refuse splits of which two hold the same text.
+
+    A test split that stands in validation is used for choosing; one that stands in training is learned by heart.
+
+    Raises:
+        ValueError: two splits share texts.
+    """
+    ids = {
+        split: set(getattr(data, split)["id"][:])
+        for split in ("test", "validation", "train", "transfer", "teacher_train")
+    }
+    for held_out, other in (("test", "validation"), *itertools.product(("test", "validation"), list(ids)[2:])):
+        if both := len(ids[held_out] & ids[other]):
+            raise ValueError(
+                f"{both:,} texts stand both in {held_out} and in {other}, so a score on {held_out} says nothing about "
+                "new texts; cut the splits so that each text is in one of them."
+            )
+
+
 def describe_splits(data: DataSplits) -> pd.DataFrame:
     """How many texts of each class every split has.
 
@@ -401,11 +422,12 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.seed = seed
         self.pool_batches = pool_batches
-        self.epoch = 0
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order: each epoch number has its own."""
+    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
+        """Choose the order: each epoch number has its own. `start` leaves out so many of its first batches."""
         self.epoch = epoch
+        self.start = start
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
@@ -417,7 +439,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         pools = [order[start : start + pool_size] for start in range(0, len(order), pool_size)]
         by_length = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
         batches = [by_length[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        for index in generator.permutation(len(batches)):
+        for index in generator.permutation(len(batches))[self.start :]:
             yield batches[index].tolist()
 
 
@@ -458,4 +480,5 @@ def _loader(
         batch_sampler=sampler,
         collate_fn=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or each pass would draw from the one that dropout draws from
     )

@@ -9,6 +9,7 @@ arXiv 1503.02531), section 2. Shapes: N examples, C classes.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,13 @@ def soft_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temper
     """
     require_temperature(temperature)
     _require_same_shape(student_logits, teacher_logits)
+    for whose, logits in (("student", student_logits), ("teacher", teacher_logits)):
+        if are_probabilities(logits):
+            warnings.warn(
+                f"the {whose}'s logits look like probabilities (every row sums to 1); the loss takes the outputs "
+                "before the softmax.",
+                stacklevel=2,
+            )
     log_p = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
     # batchmean, not mean: mean would divide by N · C and so weaken the soft loss C times.
@@ -104,6 +112,17 @@ def distillation_loss(
     if alpha == 1:
         return DistillationLoss(soft, soft, hard.detach())
     return DistillationLoss(alpha * soft + (1 - alpha) * hard, soft, hard)
+
+
+def are_probabilities(logits: torch.Tensor) -> bool:
+    """Whether every one of N ≥ 2 rows `[N, C]` is a distribution, which real logits are not by accident.
+
+    Looked at on a CPU only: on a GPU the answer would have to be waited for.
+    """
+    if logits.device.type != "cpu" or logits.ndim != 2 or len(logits) < 2:
+        return False
+    values = logits.detach().float()
+    return bool((values >= 0).all()) and bool(((values.sum(dim=-1) - 1).abs() < 0.01).all())
 
 
 def _require_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:

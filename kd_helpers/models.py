@@ -10,6 +10,8 @@ import contextlib
 import copy
 import functools
 import inspect
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -204,6 +207,59 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Take the model out of training, in place: no gradients, no dropout. Returns it."""
     model.requires_grad_(False)
     return model.eval()
+
+
+def require_teacher_and_student(teacher: nn.Module | None, student: nn.Module) -> None:
+    """Refuse two models that can't be teacher and student.
+
+    Args:
+        teacher: None where its answers are known already.
+        student: the model that is to learn.
+
+    Raises:
+        ValueError: they share weights, the student has nothing to train (as a frozen teacher in its place has), or
+            they name their classes differently.
+    """
+    if teacher is student:
+        raise ValueError("teacher and student are the same model, so there is nothing to learn; load two.")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("the student is frozen, so it can't learn; are teacher and student swapped?")
+    if teacher is None:
+        return
+    if {id(parameter) for parameter in teacher.parameters()} & {id(parameter) for parameter in student.parameters()}:
+        raise ValueError("teacher and student share weights, so the teacher would be trained too; copy them.")
+    names = [_class_names(model) for model in (teacher, student)]
+    if None not in names and names[0] != names[1]:
+        raise ValueError(
+            f"the teacher's classes are {', '.join(names[0])}, the student's {', '.join(names[1])}; both must mean the "
+            "same by the same output."
+        )
+
+
+def _class_names(model: nn.Module) -> list[str] | None:
+    """What the outputs of a classifier mean; None where nobody named them."""
+    names = [str(name).casefold() for name in getattr(getattr(model, "config", None), "id2label", {}).values()]
+    return None if not names or all(re.fullmatch(r"label_\d+", name) for name in names) else names
+
+
+def warn_if_swapped(config: DistillConfig) -> None:
+    """Warn when the student is larger than its teacher: they may have been swapped."""
+    if config.student_source is None:
+        return
+    teacher, student = (_encoder_size(name) for name in (config.teacher_source, config.student_source))
+    if student > teacher:
+        warnings.warn(
+            f"the student {config.student_source} has {student:,} parameters, its teacher {config.teacher_source} "
+            f"{teacher:,}; are they swapped?",
+            stacklevel=3,
+        )
+
+
+def _encoder_size(name: str) -> int:
+    """Parameters of a checkpoint's encoder, without loading them."""
+    path = checkpoint_path(name)
+    with hub.found(name, "model"), torch.device("meta"):
+        return count_parameters(AutoModel.from_config(AutoConfig.from_pretrained(path)))
 
 
 def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

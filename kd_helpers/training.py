@@ -1,7 +1,7 @@
 """Chapter 05: training and measuring.
 
 `distill_epoch` and `evaluate` are the two functions everything else repeats; `fine_tuned_teacher` and
-`distill` are the two runs made of them.
+`distill` are the two runs made of them. Either goes on where it was cut off, and is found again when it is done.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shutil
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import filelock
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import should_reduce_batch_size
+from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,8 +32,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import __version__, artifacts
+from kd_helpers.checkpoints import Progress, checkpoints_dir, last_checkpoint, load_checkpoint, save_checkpoint
 from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, seed_everything
-from kd_helpers.data import DataSplits, evaluation_batches, load_splits, tokenize, training_batches
+from kd_helpers.data import (
+    DataSplits,
+    evaluation_batches,
+    load_splits,
+    require_disjoint,
+    tokenize,
+    training_batches,
+)
 from kd_helpers.lean import lean_training
 from kd_helpers.losses import DistillationLoss, distillation_loss
 from kd_helpers.models import (
@@ -40,7 +53,9 @@ from kd_helpers.models import (
     load_tokenizer,
     load_tokenizers,
     model_inputs,
+    require_teacher_and_student,
     save_model,
+    warn_if_swapped,
 )
 from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.teacher_logits import TeacherLogits, ask, attach, autocast, cached_logits
@@ -49,15 +64,34 @@ Batch = dict[str, torch.Tensor]
 
 
 class EpochLosses(NamedTuple):
-    """The losses of every step, each a float32 tensor `[steps]` on the CPU."""
+    """The losses of every step, and the norm of its gradient before clipping: float32 tensors `[steps]` on the CPU."""
 
     total: torch.Tensor
     soft: torch.Tensor
     hard: torch.Tensor
+    gradient_norm: torch.Tensor
 
     def mean(self) -> dict[str, float]:
         """The mean of each over the steps."""
         return {name: values.mean().item() for name, values in self._asdict().items()}
+
+
+class DivergedError(FloatingPointError):
+    """Training met a loss or a gradient that is not a finite number; the step it belongs to was not made.
+
+    Args:
+        step: which step, counted from 1.
+        parts: total, soft and hard loss and the norm of the gradient, by name.
+        checkpoint: the last good one.
+    """
+
+    def __init__(self, step: int, parts: dict[str, float], checkpoint: Path | None = None) -> None:
+        self.step, self.parts, self.checkpoint = step, parts, checkpoint
+        values = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+        kept = "" if checkpoint is None else f"; the last good checkpoint is {checkpoint}"
+        super().__init__(
+            f"training diverged at step {step} ({values}): lower learning_rate, or set precision='float32'{kept}."
+        )
 
 
 def distill_epoch(
@@ -87,13 +121,14 @@ def distill_epoch(
         max_grad_norm: the gradient is scaled down to this norm when it is longer.
 
     Raises:
-        ValueError: teacher and student are one model, the teacher is in train mode, or the shapes differ.
+        ValueError: teacher and student share weights, are swapped, or name their classes differently; the teacher is
+            in train mode, or the shapes differ.
+        DivergedError: a loss or a gradient is not finite. The student keeps the weights of the step before.
     """
-    if teacher is student:
-        raise ValueError("teacher and student are the same model, so there is nothing to learn; load two.")
+    require_teacher_and_student(teacher, student)
     device = next(student.parameters()).device
     student.train()
-    steps: list[DistillationLoss] = []
+    steps: list[tuple[torch.Tensor, ...]] = []
     for batch in batches:
         teacher_logits = batch.get("teacher_logits") if teacher is None else ask(teacher, batch, precision)
         with autocast(device, precision):
@@ -107,14 +142,21 @@ def distill_epoch(
         )
         optimizer.zero_grad()
         loss.total.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+        _require_finite(len(steps) + 1, loss, norm)
         optimizer.step()
         scheduler.step()
-        # Kept as tensors: .item() here would make a GPU wait at every step.
-        steps.append(DistillationLoss(*(part.detach() for part in loss)))
+        steps.append((*(part.detach() for part in loss), norm))
     if not steps:
         raise ValueError("there are no batches to train on; give at least one.")
     return EpochLosses(*(torch.stack(parts).cpu() for parts in zip(*steps, strict=True)))
+
+
+def _require_finite(step: int, loss: DistillationLoss, norm: torch.Tensor) -> None:
+    # A GPU has to be waited for here, once a step. Without, a single bad step would spoil every weight unseen.
+    if not torch.isfinite(loss.total.detach() + norm):
+        parts = {name: value.item() for name, value in loss._asdict().items()}
+        raise DivergedError(step, parts | {"gradient norm": norm.item()})
 
 
 class Predictions(NamedTuple):
@@ -217,47 +259,92 @@ def train(
     config: DistillConfig,
     precision: torch.dtype,
     description: str,
-) -> list[dict[str, Any]]:
+    checkpoints: Path | None = None,
+    checkpoint_steps: int = 0,
+) -> Progress:
     """Repeat `distill_epoch` and `evaluate` until the configured steps are made; no `validation`, no `evaluate`.
 
+    Args:
+        model: the model that learns, in place.
+        batches: of `training_batches`.
+        validation: batches to evaluate on after each epoch.
+        config: temperature, alpha, and all that optimiser and scheduler need.
+        precision: of the matrix products.
+        description: of the progress bar.
+        checkpoints: a folder for checkpoints, written after each epoch. Training goes on from the newest in it.
+        checkpoint_steps: write one after every so many steps, too.
+
     Returns:
-        One entry an epoch: epoch, steps, the losses of each step and the metrics on validation.
+        The progress at the end. Its history has an entry an epoch: `epoch`, `step` (so many were made by then),
+        `losses` of each step with the norm of its gradient, and the measures on `validation`.
+
+    Raises:
+        DivergedError: a loss or a gradient is not finite; the last good checkpoint is named.
+        MemoryError: a step needs more memory than there is; a batch size to try is named.
     """
-    steps = config.max_steps or config.epochs * len(batches)
-    history: list[dict[str, Any]] = []
-    done = 0
-    with (
-        lean_training(model, batches.dataset["input_ids"][:]),
-        tqdm(total=steps, desc=description, unit="step", leave=False) as bar,
-    ):
+    per_epoch = len(batches)
+    steps = config.max_steps or config.epochs * per_epoch
+    with lean_training(model, batches.dataset["input_ids"][:]):
         optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
         scheduler = make_scheduler(optimizer, steps=steps, warmup_ratio=config.warmup_ratio)
-        for epoch in range(math.ceil(steps / len(batches))):
-            batches.batch_sampler.set_epoch(epoch)
-            losses = distill_epoch(
-                model,
-                _counted(itertools.islice(batches, steps - done), bar),
-                optimizer,
-                scheduler,
-                temperature=config.temperature,
-                alpha=config.alpha,
-                precision=precision,
-                max_grad_norm=config.max_grad_norm,
-            )
-            done += len(losses.total)
-            metrics = {}
-            if validation is not None:
-                metrics = evaluate(model, validation, precision)
-                bar.set_postfix(validation=f"{metrics['accuracy']:.1%}")
-            history.append(
-                {
-                    "epoch": epoch + 1,
-                    "step": done,
-                    "losses": {name: values.tolist() for name, values in losses._asdict().items()},
-                    "validation": metrics,
-                }
-            )
-    return history
+        progress = Progress() if checkpoints is None else load_checkpoint(checkpoints, model, optimizer, scheduler)
+        started = time.perf_counter() - progress.seconds
+
+        def keep() -> None:
+            progress.seconds = time.perf_counter() - started
+            if checkpoints is not None:
+                save_checkpoint(checkpoints, model, optimizer, scheduler, progress)
+
+        with tqdm(total=steps, initial=progress.step, desc=description, unit="step", leave=False) as bar:
+            for epoch in range(progress.step // per_epoch, math.ceil(steps / per_epoch)):
+                batches.batch_sampler.set_epoch(epoch, start=progress.step - epoch * per_epoch)
+                rest = iter(batches)
+                end = min(steps, (epoch + 1) * per_epoch)
+                while progress.step < end:
+                    pause = min(end, _next_multiple(progress.step, checkpoint_steps) if checkpoint_steps else end)
+                    with _failures_explained(progress, config, checkpoints):
+                        losses = distill_epoch(
+                            model,
+                            _counted(itertools.islice(rest, pause - progress.step), bar),
+                            optimizer,
+                            scheduler,
+                            temperature=config.temperature,
+                            alpha=config.alpha,
+                            precision=precision,
+                            max_grad_norm=config.max_grad_norm,
+                        )
+                    progress.add({name: values.tolist() for name, values in losses._asdict().items()})
+                    if progress.step < end:
+                        keep()
+                metrics = {}
+                if validation is not None:
+                    metrics = evaluate(model, validation, precision)
+                    bar.set_postfix(validation=f"{metrics['accuracy']:.1%}")
+                progress.finish_epoch(metrics)
+                keep()
+    return progress
+
+
+def _next_multiple(step: int, of: int) -> int:
+    return (step // of + 1) * of
+
+
+@contextmanager
+def _failures_explained(progress: Progress, config: DistillConfig, checkpoints: Path | None) -> Iterator[None]:
+    """Say of a step that failed which one of the whole run it is, and what to do."""
+    try:
+        yield
+    except DivergedError as error:
+        last = None if checkpoints is None else last_checkpoint(checkpoints)
+        raise DivergedError(progress.step + error.step, error.parts, last) from None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        smaller = config.batch_size // 2
+        remedy = f"try batch_size={smaller}" if smaller else f"try a max_length below {config.max_length}"
+        raise MemoryError(
+            f"a step with batch_size={config.batch_size} needs more memory than there is; {remedy}."
+        ) from error
 
 
 def _counted(batches: Iterable[Batch], bar: tqdm) -> Iterable[Batch]:
@@ -266,11 +353,14 @@ def _counted(batches: Iterable[Batch], bar: tqdm) -> Iterable[Batch]:
         bar.update()
 
 
-def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def fine_tuned_teacher(
+    config: DistillConfig, data: DataSplits, tokenizer: PreTrainedTokenizerBase, *, checkpoint_steps: int = 0
+) -> PreTrainedModel:
     """The teacher, fine-tuned on its labelled texts and frozen.
 
     It is fine-tuned once and found again in `artifacts/` by every later notebook and run: nothing of the
     student, the temperature, alpha or `config.seed` changes it. With `teacher_epochs=0` it is the checkpoint's own.
+    Cut off, it goes on from its last checkpoint: after each epoch, and every `checkpoint_steps` steps if that is not 0.
     """
     device, precision = machine(config)
     if config.teacher_epochs == 0:
@@ -294,7 +384,8 @@ def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTr
         "labels": data.label_names,
         "texts": dataset_digest(data.teacher_train),
     }
-    folder = artifacts.artifacts_dir() / "teachers" / artifacts.fingerprint(made_of)
+    key = artifacts.fingerprint(made_of)
+    folder, checkpoints = artifacts.artifacts_dir() / "teachers" / key, checkpoints_dir(key)
 
     def fine_tune(target: Path) -> None:
         teacher = load_teacher(recipe, data.label_names).to(device)
@@ -304,23 +395,49 @@ def fine_tuned_teacher(config: DistillConfig, data: DataSplits, tokenizer: PreTr
         # What a caller draws next must not depend on whether the teacher was found or made.
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            history = train(
-                teacher, batches, validation, config=recipe, precision=precision, description="Fine-tuning the teacher"
+            progress = train(
+                teacher,
+                batches,
+                validation,
+                config=recipe,
+                precision=precision,
+                description="Fine-tuning the teacher",
+                checkpoints=checkpoints,
+                checkpoint_steps=checkpoint_steps,
             )
         save_model(target, teacher, tokenizer)
-        artifacts.save_json(target / "history.json", history)
+        artifacts.save_json(target / "history.json", progress.history)
         artifacts.save_json(target / "made_of.json", made_of)
 
     artifacts.get_or_build(folder, fine_tune)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return freeze(load_saved(folder)).to(device)
 
 
-def teacher_answers(config: DistillConfig, data: DataSplits, split: str) -> TeacherLogits:
+def teacher_answers(config: DistillConfig, data: DataSplits, split: str, *, checkpoint_steps: int = 0) -> TeacherLogits:
     """The logits of the configured teacher for one split of the data, asked for once and kept."""
     tokenizer = load_tokenizer(config.teacher_source)
-    teacher = fine_tuned_teacher(config, data, tokenizer)
+    teacher = fine_tuned_teacher(config, data, tokenizer, checkpoint_steps=checkpoint_steps)
     tokenized = tokenize(getattr(data, split), tokenizer, config.max_length)
     return cached_logits(teacher, tokenized, tokenizer, precision=machine(config).precision)
+
+
+def warn_of_guessing(answers: TeacherLogits, labelled: datasets.Dataset) -> None:
+    """Warn when the teacher is not better than someone who always names the commonest class.
+
+    Such a teacher was never trained for these classes, or has them in another order. Tested on the texts that have a
+    label, one-sided, at a level of 1%.
+    """
+    labels = torch.tensor(labelled["label"][:])
+    right = int((answers.lookup(torch.tensor(labelled["id"][:])).argmax(dim=-1) == labels).sum())
+    commonest = int(torch.bincount(labels).max())
+    if stats.binomtest(right, len(labels), commonest / len(labels), alternative="greater").pvalue > 0.01:
+        warnings.warn(
+            f"the teacher names the class of {right:,} of {len(labels):,} labelled texts, always naming the commonest "
+            f"would get {commonest:,} right: it guesses, so its student learns noise; fine-tune it (teacher_epochs), "
+            "or check the order of its classes.",
+            stacklevel=2,
+        )
 
 
 def dataset_digest(dataset: datasets.Dataset) -> str:
@@ -358,6 +475,8 @@ def distill(
     data: DataSplits | None = None,
     answers: TeacherLogits | None = None,
     output_dir: str | Path | None = None,
+    resume: bool = True,
+    checkpoint_steps: int = 0,
 ) -> DistillResult:
     """Distil a student as `config` says: the whole course in one call.
 
@@ -367,39 +486,28 @@ def distill(
         answers: the teacher's logits for `data.student_train`, in place of those of the preset's
             fine-tuned teacher. An arm of the comparison is a run with other answers.
         output_dir: where to save; None saves under `artifacts/runs`.
+        resume: go on from the run's last checkpoint, or find it again if it is finished; False begins anew.
+        checkpoint_steps: write a checkpoint after every so many steps, not only after each epoch.
 
     Returns:
         The student with its history and metrics, saved.
+
+    Raises:
+        ValueError: `data` or `answers` make no sense, or `output_dir` holds a finished run of something else.
+        DivergedError, MemoryError: see `train`.
     """
     device, precision = machine(config)
     tokenizer = load_tokenizers(config).student
     data = data or load_splits(config)
+    require_disjoint(data)
     tokenized = tokenize(data.student_train, tokenizer, config.max_length)
     if answers is None and config.alpha > 0:
-        answers = teacher_answers(config, data, "student_train")
+        warn_if_swapped(config)
+        answers = teacher_answers(config, data, "student_train", checkpoint_steps=checkpoint_steps)
+        warn_of_guessing(answers, data.train)
     if answers is not None:
+        answers.require_classes(data.label_names)
         tokenized = attach(tokenized, answers)
-
-    seed_everything(config.seed)
-    start = time.perf_counter()
-    student = load_student(config, data.label_names).to(device)
-    batches = training_batches(tokenized, tokenizer, config.batch_size, seed=config.seed)
-    held_out = {
-        split: evaluation_batches(tokenize(getattr(data, split), tokenizer, config.max_length), tokenizer)
-        for split in ("validation", "test")
-    }
-    history = train(
-        student, batches, held_out["validation"], config=config, precision=precision, description="Distilling"
-    )
-    predictions = predict(student, held_out["test"], precision)
-    metrics: dict[str, Any] = {
-        "validation": history[-1]["validation"],
-        "test": classification_metrics(predictions.logits, predictions.labels),
-        "steps": history[-1]["step"],
-        "labelled": len(data.train),
-        "unlabelled": len(data.transfer),
-        "seconds": time.perf_counter() - start,
-    }
     made_of = {
         "package": __version__,
         "config": config.to_dict(),
@@ -409,29 +517,131 @@ def distill(
         "texts": [dataset_digest(part) for part in (data.student_train, data.validation, data.test)],
         "answers": None if answers is None else answers.digest(),
     }
-    folder = Path(output_dir or artifacts.artifacts_dir() / "runs" / artifacts.fingerprint(made_of))
-    result = DistillResult(config, student.eval(), tokenizer, history, metrics, predictions, folder)
-    save_run(result)
+    key = artifacts.fingerprint(made_of)
+    checkpoints = checkpoints_dir(key)
+    folder = Path(output_dir or artifacts.artifacts_dir() / "runs" / key)
+    with artifacts.locked(checkpoints):
+        found = find_run(folder, made_of)
+        if not resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        elif found is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)  # of a process that died before it could
+            return dataclasses.replace(found, student=found.student.to(device))
+
+        seed_everything(config.seed)
+        student = load_student(config, data.label_names).to(device)
+        batches = training_batches(tokenized, tokenizer, config.batch_size, seed=config.seed)
+        held_out = {
+            split: evaluation_batches(tokenize(getattr(data, split), tokenizer, config.max_length), tokenizer)
+            for split in ("validation", "test")
+        }
+        progress = train(
+            student,
+            batches,
+            held_out["validation"],
+            config=config,
+            precision=precision,
+            description="Distilling",
+            checkpoints=checkpoints,
+            checkpoint_steps=checkpoint_steps,
+        )
+        predictions = predict(student, held_out["test"], precision)
+        metrics: dict[str, Any] = {
+            "validation": progress.history[-1]["validation"],
+            "test": classification_metrics(predictions.logits, predictions.labels),
+            "steps": progress.step,
+            "labelled": len(data.train),
+            "unlabelled": len(data.transfer),
+            "seconds": progress.seconds,
+        }
+        result = DistillResult(config, student.eval(), tokenizer, progress.history, metrics, predictions, folder)
+        save_run(result, made_of)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return result
 
 
-def save_run(result: DistillResult) -> None:
-    """Save a run in its folder: `student/` (weights, tokenizer, model card), then three JSON files.
+RUN_FILES = ("config.json", "history.json", "metrics.json", "made_of.json", "predictions.safetensors")
 
-    `metrics.json` goes first and comes last: where it stands, the run is whole.
+
+def save_run(result: DistillResult, made_of: dict[str, Any]) -> None:
+    """Save a run in its folder: `student/` (weights, tokenizer, model card), its predictions, and JSON files.
+
+    `metrics.json` goes first and comes back late: where it stands, the run is whole. The seal, `manifest.json`, comes
+    last and tells a change in any of them. Other files in the folder are left alone.
+
+    Args:
+        result: of the run.
+        made_of: all that determined it.
+
+    Raises:
+        OSError: the folder can't be written; one sentence says why.
     """
 
     def save_student(target: Path) -> None:
         save_model(target, result.student, result.tokenizer)
         (target / "README.md").write_text(model_card(result), encoding="utf-8")
 
-    result.folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(result.folder / ".lock"):
-        (result.folder / "metrics.json").unlink(missing_ok=True)
-        artifacts.write_folder(result.folder / "student", save_student)
-        artifacts.save_json(result.folder / "config.json", result.config.to_dict())
-        artifacts.save_json(result.folder / "history.json", result.history)
-        artifacts.save_json(result.folder / "metrics.json", result.metrics)
+    folder, student = result.folder, result.folder / "student"
+    with artifacts.locked(folder / "run"):
+        for name in (artifacts.MANIFEST, "metrics.json"):
+            (folder / name).unlink(missing_ok=True)
+        artifacts.write_folder(student, save_student)
+        predictions = safetensors.torch.save(result.predictions._asdict())
+        artifacts.write_bytes(folder / "predictions.safetensors", predictions)
+        artifacts.save_json(folder / "config.json", result.config.to_dict())
+        artifacts.save_json(folder / "history.json", result.history)
+        artifacts.save_json(folder / "made_of.json", made_of)
+        artifacts.save_json(folder / "metrics.json", result.metrics)
+        weights = [f"student/{path.name}" for path in student.iterdir() if path.name != artifacts.MANIFEST]
+        artifacts.seal(folder, [*RUN_FILES, *sorted(weights)])
+
+
+def find_run(folder: Path, made_of: dict[str, Any]) -> DistillResult | None:
+    """The finished run in a folder; None where there is none, or a damaged one, which is reported.
+
+    Raises:
+        ValueError: the folder holds a finished run that was made of something else.
+    """
+    if not (folder / artifacts.MANIFEST).exists():
+        return None
+    try:
+        result = load_run(folder)
+    except ValueError as error:
+        warnings.warn(f"{error} It is made again.", stacklevel=3)
+        return None
+    other = artifacts.load_json(folder / "made_of.json")
+    if artifacts.fingerprint(other) != artifacts.fingerprint(made_of):
+        old, new = result.config.to_dict(), made_of["config"]
+        differ = [f"{name} {old[name]!r} (now {new[name]!r})" for name in new if old.get(name) != new[name]]
+        what = ", ".join(differ) or "other texts, answers, machine or package version"
+        raise ValueError(f"{folder} holds a finished run with {what}; choose another output_dir, or delete it.")
+    return result
+
+
+def load_run(folder: str | Path) -> DistillResult:
+    """A run that `distill` saved, its student on the CPU.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        ValueError: one of its files was changed or is missing; it is named.
+    """
+    folder = Path(folder)
+    if not (folder / artifacts.MANIFEST).exists():
+        raise FileNotFoundError(f"{folder} holds no finished run; give the folder of one.")
+    if wrong := artifacts.damaged(folder):
+        raise ValueError(f"the run in {folder} is damaged ({', '.join(wrong)}).")
+    config, history, metrics = (
+        artifacts.load_json(folder / name) for name in ("config.json", "history.json", "metrics.json")
+    )
+    return DistillResult(
+        config=DistillConfig(**config),
+        student=load_saved(folder / "student"),
+        tokenizer=load_tokenizer(str(folder / "student")),
+        history=history,
+        metrics=metrics,
+        predictions=Predictions(**safetensors.torch.load((folder / "predictions.safetensors").read_bytes())),
+        folder=folder,
+    )
 
 
 def model_card(result: DistillResult) -> str:

@@ -1,0 +1,145 @@
+"""Chapter 05: going on with a run that was cut off.
+
+A checkpoint holds all that the next step depends on: the weights that are trained, the state of optimiser and
+scheduler, the random state, and how far the run has come. A run that goes on from one ends, on a CPU, in the same
+weights, bit by bit, as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from kd_helpers import artifacts
+
+KEPT = 2  # the newest, and one before it in case that is damaged
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimiser steps made.
+        history: one entry for each epoch that is finished (see `training.train`).
+        losses: of each step of the epoch that is not, by name.
+        seconds: spent on training and validation so far, in all processes that took part.
+    """
+
+    step: int = 0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, losses: dict[str, list[float]]) -> None:
+        """Count further steps of the epoch, a loss of each name for every step."""
+        self.losses = {name: self.losses.get(name, []) + values for name, values in losses.items()}
+        self.step += len(losses["total"])
+
+    def finish_epoch(self, validation: dict[str, float]) -> None:
+        """Make the epoch an entry of the history."""
+        number = len(self.history) + 1
+        self.history.append({"epoch": number, "step": self.step, "losses": self.losses, "validation": validation})
+        self.losses = {}
+
+
+def checkpoints_dir(key: str) -> Path:
+    """Where the checkpoints of a run are, named after what produces it; another run never finds them."""
+    return artifacts.artifacts_dir() / "checkpoints" / key
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, progress: Progress
+) -> None:
+    """Write a checkpoint beside the earlier ones, whole or not at all, and keep the last two.
+
+    Raises:
+        OSError: it can't be written; earlier checkpoints still stand.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in _trained(model)}
+    for index, values in state["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    tensors |= {f"random.{name}": value for name, value in _random_state(model).items()}
+    said = {
+        "progress": dataclasses.asdict(progress),
+        "optimizer": state["param_groups"],
+        "scheduler": scheduler.state_dict(),
+    }
+
+    def write(target: Path) -> None:
+        safetensors.torch.save_file(tensors, target / "state.safetensors")
+        artifacts.save_json(target / "state.json", said)
+
+    artifacts.write_folder(folder / f"step-{progress.step:08d}", write)
+    for old in _found(folder)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler
+) -> Progress:
+    """Put model, optimiser, scheduler and the random state back to the newest intact checkpoint.
+
+    Returns:
+        How far that was; nothing is changed and `step` is 0 where there is no checkpoint.
+    """
+    newest = last_checkpoint(folder)
+    if newest is None:
+        return Progress()
+    said = artifacts.load_json(newest / "state.json")
+    # Read into memory: what is mapped from a file changes with it.
+    tensors = safetensors.torch.load((newest / "state.safetensors").read_bytes())
+    with torch.no_grad():
+        for name, parameter in _trained(model):
+            parameter.copy_(tensors[f"model.{name}"])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": said["optimizer"]})
+    scheduler.load_state_dict(said["scheduler"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if (device := _device_type(model)) != "cpu":
+        torch.get_device_module(device).set_rng_state(tensors[f"random.{device}"])
+    return Progress(**said["progress"])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is intact, if there is one; a damaged one is reported."""
+    for checkpoint in _found(folder):
+        if artifacts.is_intact(checkpoint):
+            return checkpoint
+        warnings.warn(f"the checkpoint {checkpoint} is damaged; an earlier one is taken.", stacklevel=3)
+    return None
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is frozen is the same in every run, so it need not be kept."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _random_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of torch's generators. Nothing else draws in a run: the order of the batches follows their epoch."""
+    state = {"cpu": torch.get_rng_state()}
+    if (device := _device_type(model)) != "cpu":
+        state[device] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def _device_type(model: nn.Module) -> str:
+    return next(model.parameters()).device.type

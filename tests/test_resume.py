@@ -1,0 +1,288 @@
+"""Runs that are killed go on where they were, and end in the same weights, bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_bert
+
+from kd_helpers import artifacts, checkpoints, teacher_logits, training
+from kd_helpers.config import DistillConfig
+from kd_helpers.data import DataSplits, evaluation_batches, training_batches
+from kd_helpers.models import freeze, save_model
+from kd_helpers.optim import make_optimizer, make_scheduler
+from kd_helpers.training import DistillResult, distill, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher names the class of")  # these are too small to learn
+
+KILLS = 40
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def data(small_data) -> DataSplits:
+    return dataclasses.replace(small_data, teacher_train=small_data.train)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tokenizer) -> DistillConfig:
+    """Four epochs of four steps, with models so small that a run takes a second or two."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, layers in (("teacher", 2), ("student", 1)):
+        save_model(folder / name, tiny_bert(layers), tokenizer)
+    return DistillConfig(
+        teacher_checkpoint=str(folder / "teacher"),
+        student_checkpoint=str(folder / "student"),
+        train_size=64,
+        epochs=4,
+        batch_size=16,
+        max_length=24,
+        teacher_epochs=4,
+        teacher_train_size=64,
+        alpha=0.5,
+        learning_rate=1e-3,
+        device="cpu",
+        precision="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> DistillConfig:
+    """The same without a teacher."""
+    return config.replace(teacher_epochs=0, alpha=0.0)
+
+
+def same_run(one: DistillResult, other: DistillResult) -> bool:
+    """Weights, history, predictions and all measures, save for the time it took."""
+    weights = [result.student.state_dict() for result in (one, other)]
+    measures = [{name: value for name, value in run.metrics.items() if name != "seconds"} for run in (one, other)]
+    return (
+        all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+        and one.history == other.history
+        and torch.equal(one.predictions.logits, other.predictions.logits)
+        and measures[0] == measures[1]
+    )
+
+
+def distil_in(config: DistillConfig, data: DataSplits) -> None:
+    """What a process does that is going to be killed."""
+    distill(config, data=data, checkpoint_steps=1)
+
+
+def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, monkeypatch, one_thread, config, data):
+    """SIGKILL strikes the tuning of the teacher, its answers, the student's training and the saving, where it may."""
+    monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "whole"))
+    start = time.monotonic()
+    whole = distill(config, data=data)
+    seconds = time.monotonic() - start
+
+    chance = random.Random(0)
+    fork = multiprocessing.get_context("fork")
+    folder, kills, stages = tmp_path / "killed", 0, set()
+    monkeypatch.setenv("KD_ARTIFACTS", str(folder))
+    while kills < KILLS:
+        process = fork.Process(target=distil_in, args=(config, data))
+        process.start()
+        process.join(chance.uniform(0, seconds / 2))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            stages.add(tuple(sorted(path.name for path in folder.glob("checkpoints/*/[!.]*"))))
+        else:  # it was done before it could be killed; the next begins with nothing
+            assert process.exitcode == 0
+            assert same_run(whole, distill(config, data=data))
+            shutil.rmtree(folder)
+    assert same_run(whole, distill(config, data=data))
+    assert len(stages) > 5, "the kills must not all have struck at one place"
+    assert not list(folder.glob("checkpoints/[!.]*"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A process that is forked has no more threads than the one that forked it, whatever torch thinks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class InterruptionError(Exception):
+    pass
+
+
+def interrupted(function, *, after: int):
+    """The function, which fails when it is called for the time after `after`."""
+    calls = 0
+
+    def call(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise InterruptionError
+        return function(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("checkpoint_steps", [0, 1, 3])
+@pytest.mark.parametrize("after", [2, 5, 6, 11])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(own_artifacts, monkeypatch, alone, data, after, checkpoint_steps):
+    whole = distill(alone, data=data)
+    options = {"output_dir": own_artifacts / "again", "checkpoint_steps": checkpoint_steps}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted(torch.optim.AdamW.step, after=after))
+        with pytest.raises(InterruptionError):
+            distill(alone, data=data, **options)
+    made = []
+    monkeypatch.setattr(training, "distill_epoch", counting(training.distill_epoch, made))
+    assert same_run(whole, distill(alone, data=data, **options))
+    kept = max(after // 4 * 4, after // checkpoint_steps * checkpoint_steps if checkpoint_steps else 0)
+    assert sum(made) == STEPS - kept
+
+
+def counting(distill_epoch, made: list[int]):
+    """`distill_epoch`, writing down how many steps it made."""
+
+    def call(*arguments, **options):
+        losses = distill_epoch(*arguments, **options)
+        made.append(len(losses.total))
+        return losses
+
+    return call
+
+
+def test_a_finished_run_is_found_again(own_artifacts, monkeypatch, alone, data):
+    config = alone.replace(max_steps=3)
+    first = distill(config, data=data)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", interrupted(train, after=0))
+        assert same_run(first, distill(config, data=data))
+        with pytest.raises(InterruptionError):
+            distill(config, data=data, resume=False)
+    assert same_run(first, distill(config, data=data, resume=False))
+
+
+def test_beginning_anew_forgets_the_checkpoints(own_artifacts, monkeypatch, alone, data):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupted(training.evaluate, after=2))
+        with pytest.raises(InterruptionError):
+            distill(alone, data=data)
+    made = []
+    monkeypatch.setattr(training, "distill_epoch", counting(training.distill_epoch, made))
+    distill(alone, data=data, resume=False)
+    assert sum(made) == STEPS
+
+
+def test_the_teacher_goes_on_as_well(own_artifacts, monkeypatch, config, data, tokenizer):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupted(training.evaluate, after=1))
+        with pytest.raises(InterruptionError):
+            training.fine_tuned_teacher(config, data, tokenizer)
+    made = []
+    monkeypatch.setattr(training, "distill_epoch", counting(training.distill_epoch, made))
+    teacher = training.fine_tuned_teacher(config, data, tokenizer)
+    assert made == [2, 2, 2]
+    monkeypatch.setenv("KD_ARTIFACTS", str(own_artifacts / "other"))
+    expected = training.fine_tuned_teacher(config, data, tokenizer).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in teacher.state_dict().items())
+
+
+def test_asking_the_teacher_goes_on_as_well(own_artifacts, monkeypatch, tokenized, tokenizer):
+    monkeypatch.setattr(teacher_logits, "SHARD", 64)
+    teacher = freeze(tiny_bert(seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_logits, "ask", interrupted(teacher_logits.ask, after=1))
+        with pytest.raises(InterruptionError):
+            teacher_logits.cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    asked = []
+    monkeypatch.setattr(teacher_logits, "ask", lambda *given: asked.append(len(given[1]["id"])) or training.ask(*given))
+    answers = teacher_logits.cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    assert asked == [64]
+    monkeypatch.setenv("KD_ARTIFACTS", str(own_artifacts / "other"))
+    expected = teacher_logits.cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    assert torch.equal(answers.logits, expected.logits)
+    assert torch.equal(answers.ids, expected.ids)
+
+
+def a_checkpoint(folder: Path, steps: int = 1):
+    """A model, its optimiser and its scheduler after some steps, with a checkpoint of each."""
+    model = tiny_bert(dropout=0.0)
+    optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.01)
+    scheduler = make_scheduler(optimizer, steps=10, warmup_ratio=0.3)
+    for step in range(steps):
+        model(torch.tensor([[101, 2054 + step, 102]])).logits.square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+        progress = checkpoints.Progress(step=step + 1)
+        checkpoints.save_checkpoint(folder, model, optimizer, scheduler, progress)
+    return model, optimizer, scheduler
+
+
+def test_a_checkpoint_holds_all_that_the_next_step_needs(tmp_path):
+    torch.manual_seed(5)
+    model, optimizer, scheduler = a_checkpoint(tmp_path, steps=2)
+    drawn = torch.rand(3)
+    fresh = tiny_bert(seed=9)
+    other = make_optimizer(fresh, learning_rate=1e-3, weight_decay=0.01)
+    plan = make_scheduler(other, steps=10, warmup_ratio=0.3)
+    assert checkpoints.load_checkpoint(tmp_path, fresh, other, plan).step == 2
+    assert torch.equal(torch.rand(3), drawn)
+    assert plan.get_last_lr() == scheduler.get_last_lr()
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    states = [kept.state_dict()["state"] for kept in (optimizer, other)]
+    for index, one in states[0].items():
+        assert one.keys() == states[1][index].keys()
+        assert all(torch.equal(value, states[1][index][name]) for name, value in one.items())
+    for one, same in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, same)
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    a_checkpoint(tmp_path, steps=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", artifacts.MANIFEST])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(tmp_path, file):
+    model, optimizer, scheduler = a_checkpoint(tmp_path, steps=3)
+    content = bytearray((tmp_path / "step-00000003" / file).read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "step-00000003" / file).write_bytes(content)
+    with pytest.warns(UserWarning, match="step-00000003 is damaged; an earlier one is taken"):
+        assert checkpoints.load_checkpoint(tmp_path, model, optimizer, scheduler).step == 2
+
+
+def test_where_there_is_none_nothing_changes(tmp_path):
+    model, optimizer, scheduler = a_checkpoint(tmp_path)
+    before = model.classifier.weight.clone()
+    assert checkpoints.load_checkpoint(tmp_path / "empty", model, optimizer, scheduler) == checkpoints.Progress()
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_seconds_add_up_over_the_processes(own_artifacts, tokenized, tokenizer, monkeypatch):
+    config = DistillConfig(epochs=2, alpha=0.0, batch_size=32)
+    held_out = evaluation_batches(tokenized.select(range(96)), tokenizer)
+    folder = own_artifacts / "checkpoints" / "one"
+
+    def go():
+        batches = training_batches(tokenized, tokenizer, 32, seed=0)
+        options = {"config": config, "precision": torch.float32, "description": "", "checkpoints": folder}
+        return train(tiny_bert(), batches, held_out, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupted(training.evaluate, after=1))
+        with pytest.raises(InterruptionError):
+            go()
+    earlier = artifacts.load_json(folder / "step-00000004" / "state.json")["progress"]["seconds"]
+    assert go().seconds > earlier > 0
