@@ -3,14 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 # Two at a time with a thread each: most tests wait for something else than arithmetic.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/$(RUNNER) -m pytest --numprocesses 2
+RUNNER := python
 
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run site test test-browser lint format notebooks results sweep benchmark publish lab clean
+.PHONY: help run site test coverage test-browser lint format notebooks results sweep benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +31,14 @@ site: $(READY) ## write artifacts/site/index.html: the course as pages, from wha
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
 	$(PYTEST) --dist worksteal tests
 	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks
+
+coverage: RUNNER := coverage run
+coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_helpers must have run; about half an hour
+	mkdir -p artifacts/coverage && rm -f artifacts/coverage/*
+	$(PYTEST) --dist worksteal tests
+	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-browser: $(READY) ## the explorers in JupyterLab and Chromium; screenshots in artifacts/browser
 	$(BIN)/python -m pytest tests/browser

@@ -7,7 +7,7 @@
 | `models` | 02: teacher and student |
 | `losses` | 03: the loss of distillation |
 | `optim` | 04: optimiser and learning rate |
-| `teacher_logits`, `lean`, `training` | 05: the loop |
+| `teacher_logits`, `lean`, `checkpoints`, `training` | 05: the loop |
 | `comparison` | 06: did it help? |
 | `sweep` | 07: which temperature, which alpha? |
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _HOME = {
     "DistillConfig": "config",
@@ -34,6 +34,7 @@ _HOME = {
     "distill_epoch": "training",
     "evaluate": "training",
     "distill": "training",
+    "load_run": "training",
     "predict_and_evaluate": "comparison",
 }
 

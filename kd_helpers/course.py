@@ -454,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands.add_parser("sweep", help="the finished full sweep, into the package")
     publishing = commands.add_parser("publish", help="the repository's address and tag, everywhere they stand")
     publishing.add_argument("repository", help="owner/name")
-    publishing.add_argument("ref", help="a tag such as v0.3.0")
+    publishing.add_argument("ref", help="a tag such as v0.4.0")
     chosen = parser.parse_args(arguments)
     if chosen.command == "publish":
         try:

@@ -46,6 +46,7 @@ def found(name: str, kind: str) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: the hub, or its local cache when `HF_HUB_OFFLINE` is set, lacks it or some of its files.
+        ValueError: it needs code of its own.
     """
     try:
         yield
@@ -55,6 +56,12 @@ def found(name: str, kind: str) -> Iterator[None]:
         way_out = f"run `hf download {name}{flag}` where there is a network" if is_offline() else "check its name"
         reason = f" ({_first(error)})" if "safetensors" in str(error) or "JSON" in str(error) else ""
         raise FileNotFoundError(f"{kind} {name!r} is not in {where}, or not whole{reason}; {way_out}.") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{kind} {name!r} needs Python code of its own, which is never run here; take one that transformers knows."
+        ) from error
 
 
 def commit(name: str) -> str:

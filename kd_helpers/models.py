@@ -32,6 +32,9 @@ from kd_helpers import artifacts, hub
 from kd_helpers.config import PACKAGED_MODEL, PRESETS, DistillConfig
 from kd_helpers.data import packaged_file
 
+# Left open, transformers asks at the terminal whether to run the Python files of a checkpoint.
+NO_CODE = {"trust_remote_code": False}
+
 
 def checkpoint_path(name: str) -> str:
     """Where transformers finds a model: the packaged one, a folder, or a name on the hub.
@@ -75,7 +78,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model."""
     path = checkpoint_path(name)
     with hub.found(name, "model"):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **NO_CODE)
 
 
 def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreTrainedModel:
@@ -91,7 +94,7 @@ def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreT
     """
     path = checkpoint_path(name)
     with hub.found(name, "model"):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
     trained = any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
     order = head_order(name, config.id2label, label_names) if trained else range(len(label_names))
     with _quiet_transformers(), torch.random.fork_rng(), hub.found(name, "model"):
@@ -103,6 +106,7 @@ def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreT
             num_labels=len(label_names),
             dtype=torch.float32,
             use_safetensors=True,
+            **NO_CODE,
         )
     if list(order) != list(range(len(label_names))):
         _reorder_head(model, order)
@@ -143,7 +147,9 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 def load_saved(folder: Path) -> PreTrainedModel:
     """A classifier that this course saved, from safetensors, in eval mode."""
     with _quiet_transformers():
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, **NO_CODE
+        )
     # Loaded weights are the mapped file: they would change with it, and lie where matrix products round otherwise.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -259,7 +265,7 @@ def _encoder_size(name: str) -> int:
     """Parameters of a checkpoint's encoder, without loading them."""
     path = checkpoint_path(name)
     with hub.found(name, "model"), torch.device("meta"):
-        return count_parameters(AutoModel.from_config(AutoConfig.from_pretrained(path)))
+        return count_parameters(AutoModel.from_config(AutoConfig.from_pretrained(path, **NO_CODE), **NO_CODE))
 
 
 def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_file(source: str, *, text_column: str, label_column: str) -> pd.DataFra
             f"{source!r} can't be read; give a file that ends in {', '.join(FORMATS)} (save a spreadsheet as CSV, "
             "unpack an archive), or as data the name OWNER/NAME of a hub dataset."
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises on a name that no system takes
         raise FileNotFoundError(f"there is no file {source!r} in {Path.cwd()}; check the path.")
     if path.suffix.lower() == ".parquet":
         frame = _frame(_from_parquet(path, text_column, label_column))

@@ -233,7 +233,7 @@ def run_name(notebook: Notebook, parameters: Parameters) -> str:
 
 def _is_data_file(name: str, value: Any) -> bool:
     """Whether a parameter names a file of texts, whose content belongs to the run."""
-    return name in DATA_FILES and Path(value).is_file()
+    return name in DATA_FILES and os.path.isfile(value)
 
 
 def _require_readable(config: DistillConfig) -> None:
@@ -458,7 +458,7 @@ def require_own_folder(out: Path, notebook: Notebook) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for --out.")
-    if (out / "plan.json").exists() and (other := artifacts.load_json(out / "plan.json")["notebook"]) != notebook.name:
+    if (out / "plan.json").exists() and (other := read_plan(out)["notebook"]) != notebook.name:
         raise ValueError(f"{out} holds a sweep of {other}, not of {notebook.name}; choose another --out.")
 
 
@@ -471,11 +471,26 @@ def _record(out: Path, notebook: Notebook, settings: Sequence[Setting]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     made_of = {"notebook": notebook.name, "code": notebook.digest, "package": __version__}
     with filelock.FileLock(out / ".plan.lock"):
-        old = artifacts.load_json(out / "plan.json") if (out / "plan.json").exists() else {}
+        old = read_plan(out) if (out / "plan.json").exists() else {}
         rows = old["settings"] if old.get("made_of") == made_of else []
         new = [{"parameters": setting.parameters, "run": setting.run.name} for setting in settings]
         rows += [row for row in new if row not in rows]
-        artifacts.save_json(out / "plan.json", {"notebook": notebook.name, "made_of": made_of, "settings": rows})
+        content = {"notebook": notebook.name, "made_of": made_of, "settings": rows}
+        artifacts.save_json(out / "plan.json", content | {"digest": artifacts.fingerprint(content)})
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """The plan of a sweep: the notebook, what its runs are made of, and its settings.
+
+    Raises:
+        ValueError: it was changed or damaged, so it may name a run by the wrong parameters.
+    """
+    path = out / "plan.json"
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        plan = artifacts.load_json(path)
+        if plan.pop("digest") == artifacts.fingerprint(plan):
+            return plan
+    raise ValueError(f"{path} is damaged; delete it and give the same command again, which finds the finished runs.")
 
 
 def collect(out: str | Path) -> pd.DataFrame:
@@ -488,13 +503,14 @@ def collect(out: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: the folder holds no sweep.
+        ValueError: its plan is damaged.
     """
     import pandas as pd
 
     out = Path(out)
     if not (out / "plan.json").exists():
         raise FileNotFoundError(f"{out} holds no sweep; give the folder that was the sweep's --out.")
-    settings = artifacts.load_json(out / "plan.json")["settings"]
+    settings = read_plan(out)["settings"]
     names = list(settings[0]["parameters"])
     rows = []
     for setting in settings:
