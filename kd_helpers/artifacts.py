@@ -36,6 +36,7 @@ WHY_NOT_WRITTEN = {
     errno.EACCES: ("you have no right to", _ELSEWHERE),
     errno.EPERM: ("you have no right to", _ELSEWHERE),
     errno.EEXIST: ("a file stands where a folder is needed", _ELSEWHERE),
+    errno.EISDIR: ("a folder stands where a file is needed", _ELSEWHERE),
     errno.ENOTDIR: ("a file stands where a folder is needed", _ELSEWHERE),
 }
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -154,12 +155,12 @@ class DistillConfig:
             _require_text(name, getattr(self, name))
         _require_columns(self)
         for name in ("epochs", "batch_size", "train_size", "teacher_train_size"):
-            _require_integer(name, getattr(self, name), minimum=1)
+            require_whole(name, getattr(self, name), minimum=1)
         for name in ("max_steps", "transfer_size", "teacher_epochs"):
-            _require_integer(name, getattr(self, name), minimum=0)
+            require_whole(name, getattr(self, name), minimum=0)
         # [CLS], [SEP] and one token between them; BERT has 512 positions; NumPy takes seeds of 32 bits.
-        _require_integer("max_length", self.max_length, minimum=3, maximum=512)
-        _require_integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
+        require_whole("max_length", self.max_length, minimum=3, maximum=512)
+        require_whole("seed", self.seed, minimum=0, maximum=2**32 - 1)
         if self.teacher_learning_rate is None:
             object.__setattr__(self, "teacher_learning_rate", PRESETS[self.preset].teacher_learning_rate)
         require_temperature(self.temperature)
@@ -226,7 +227,8 @@ def _require_columns(config: DistillConfig) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r} but data is empty; give the training texts as data.")
 
 
-def _require_integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
+def require_whole(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
+    """Refuse what is no whole number, or one outside its range."""
     allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}; give a whole number {allowed}.")
@@ -237,7 +239,7 @@ def _require_integer(name: str, value: Any, *, minimum: int, maximum: int | None
 def _require_number(name: str, value: Any, allowed: str, holds: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; give a number {allowed}.")
-    if not math.isfinite(value) or not holds(value):
+    if abs(value) > sys.float_info.max or math.isnan(value) or not holds(value):
         raise ValueError(f"{name} is {value}; give a finite number {allowed}.")
 
 
@@ -249,6 +251,7 @@ def pick_device(device: str = "auto") -> torch.device:
     """
     import torch
 
+    _require_choice("device", device, DEVICES)
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if present[name])
@@ -265,6 +268,7 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
+    _require_choice("precision", precision, PRECISIONS)
     if precision == "auto":
         return torch.bfloat16 if _bfloat16_speedup(str(device)) > 1.5 else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -211,8 +211,8 @@ def _require_texts_of_each(pool: pd.DataFrame, names: tuple[str, ...], wanted: i
     for index, name in enumerate(names):
         if counts.get(index, 0) < wanted:
             raise ValueError(
-                f"{source}: label {name!r} has {counts.get(index, 0)} texts once copies are removed; every class needs "
-                f"at least {wanted}, one for each split that is made of this file."
+                f"{source}: label {name!r} has {own_data.count(counts.get(index, 0), 'text')} once copies are removed; "
+                f"every class needs at least {wanted}, one for each split that is made of this file."
             )
 
 

@@ -46,7 +46,7 @@ def found(name: str, kind: str) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: the hub, or its local cache when `HF_HUB_OFFLINE` is set, lacks it or some of its files.
-        ValueError: it needs code of its own.
+        ValueError: it needs code of its own, or is not whole.
     """
     try:
         yield
@@ -57,11 +57,12 @@ def found(name: str, kind: str) -> Iterator[None]:
         reason = f" ({_first(error)})" if "safetensors" in str(error) or "JSON" in str(error) else ""
         raise FileNotFoundError(f"{kind} {name!r} is not in {where}, or not whole{reason}; {way_out}.") from error
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{kind} {name!r} needs Python code of its own, which is never run here; take one that transformers knows."
-        ) from error
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{kind} {name!r} needs Python code of its own, which is never run here; take one that transformers "
+                "knows."
+            ) from error
+        raise ValueError(f"{kind} {name!r} can't be read; give a folder that save_pretrained wrote, whole.") from error
 
 
 def commit(name: str) -> str:

@@ -70,8 +70,13 @@ def hard_loss(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     Label −100 means "no label". A batch without any label gives exactly 0, with a gradient of 0.
 
     Raises:
-        ValueError: a label is neither −100 nor in 0 … C − 1.
+        ValueError: a label is neither −100 nor in 0 … C − 1, or there is not one whole number a row.
     """
+    if labels.shape != student_logits.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}, the logits shape "
+            f"{tuple(student_logits.shape)}; give a whole number for each row."
+        )
     _require_labels_in_range(labels, classes=student_logits.shape[-1])
     labelled = (labels != IGNORE_INDEX).sum().clamp(min=1)
     summed = F.cross_entropy(student_logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")

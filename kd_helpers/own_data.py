@@ -116,7 +116,7 @@ def _from_csv(name: str, lines: list[str], text_column: str, label_column: str) 
             continue
         if len(row) != len(columns):
             raise ValueError(
-                f"{name}, line {line}: {_count(len(row), 'field')} where the header has {len(columns)}; "
+                f"{name}, line {line}: {count(len(row), 'field')} where the header has {len(columns)}; "
                 "put texts that hold the separator into quotes."
             )
         fields = dict(zip(columns, row, strict=True))
@@ -192,7 +192,8 @@ def _short(value: object) -> str:
     return shown if len(shown) <= 50 else f"{shown[:45]} …"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """A number with its noun, which has an s unless there is one of it."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -253,7 +254,7 @@ def label_names(labelled: pd.DataFrame, source: str) -> tuple[str, ...]:
     if not 2 <= len(names) <= MAX_CLASSES:
         few = "" if len(names) > 1 else f" ({names[0]!r})" if names else ""
         raise ValueError(
-            f"{source} has {_count(len(names), 'label')}{few}; have 2 to {MAX_CLASSES}, or name the right label_column."
+            f"{source} has {count(len(names), 'label')}{few}; have 2 to {MAX_CLASSES}, or name the right label_column."
         )
     by_case: dict[str, str] = {}
     for name, place in labelled.drop_duplicates("label")[["label", "place"]].itertuples(index=False):

@@ -337,7 +337,7 @@ def _execute_all(
 def threads_per_job(jobs: int) -> int:
     """How many threads each job may use so that all of them together use no core twice."""
     cores = joblib.cpu_count()
-    if not 1 <= jobs <= cores:
+    if not isinstance(jobs, int) or not 1 <= jobs <= cores:
         raise ValueError(f"jobs is {jobs}; this machine has {cores} cores, so give a whole number from 1 to {cores}.")
     return cores // jobs
 
@@ -468,7 +468,8 @@ def _record(out: Path, notebook: Notebook, settings: Sequence[Setting]) -> None:
     A notebook whose code changed, or another version of the package, begins a new plan: earlier runs stay on the disk
     but leave the table, which would else mix two experiments.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with artifacts.explained(out):
+        out.mkdir(parents=True, exist_ok=True)
     made_of = {"notebook": notebook.name, "code": notebook.digest, "package": __version__}
     with filelock.FileLock(out / ".plan.lock"):
         old = read_plan(out) if (out / "plan.json").exists() else {}

@@ -77,15 +77,16 @@ class TeacherLogits:
         """The logits `[M, C]` of the texts `ids` `[M]`.
 
         Raises:
-            KeyError: a text the teacher was never asked about.
+            ValueError: a text the teacher was never asked about.
         """
-        order = torch.argsort(self.ids)
-        position = torch.searchsorted(self.ids[order], ids).clamp(max=len(self.ids) - 1)
-        rows = order[position]
-        unknown = ids[self.ids[rows] != ids]
+        unknown = ids[~torch.isin(ids, self.ids)]
         if len(unknown):
-            raise KeyError(f"{len(unknown)} texts have no teacher logits, the first has id {int(unknown[0])}.")
-        return self.logits[rows]
+            raise ValueError(
+                f"{len(unknown):,} of {len(ids):,} texts have no answer of the teacher (the first has id "
+                f"{int(unknown[0])}); ask it about these texts."
+            )
+        order = torch.argsort(self.ids)
+        return self.logits[order[torch.searchsorted(self.ids[order], ids)]]
 
 
 def ask(teacher: nn.Module, batch: dict[str, torch.Tensor], precision: torch.dtype) -> torch.Tensor:

@@ -33,7 +33,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import __version__, artifacts
 from kd_helpers.checkpoints import Progress, checkpoints_dir, last_checkpoint, load_checkpoint, save_checkpoint
-from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, seed_everything
+from kd_helpers.config import (
+    PRESETS,
+    DistillConfig,
+    pick_device,
+    pick_precision,
+    require_whole,
+    seed_everything,
+)
 from kd_helpers.data import (
     DataSplits,
     evaluation_batches,
@@ -43,7 +50,7 @@ from kd_helpers.data import (
     training_batches,
 )
 from kd_helpers.lean import lean_training
-from kd_helpers.losses import DistillationLoss, distillation_loss
+from kd_helpers.losses import IGNORE_INDEX, DistillationLoss, distillation_loss
 from kd_helpers.models import (
     checkpoint_version,
     freeze,
@@ -181,6 +188,8 @@ def predict(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype =
                 labels.append(batch["labels"])
     finally:
         model.train(was_training)
+    if not ids:
+        raise ValueError("there are no batches to predict; give at least one.")
     order = torch.argsort(torch.cat(ids))
     return Predictions(torch.cat(ids)[order], torch.cat(logits)[order], torch.cat(labels)[order])
 
@@ -203,6 +212,8 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
         over the classes that occur among the labels; `nll`, the mean negative log-likelihood of the label in nats;
         `ece`, the expected calibration error in [0, 1].
     """
+    if bool((labels == IGNORE_INDEX).any()):
+        raise ValueError("some texts have no label, so they can't be scored; leave them out.")
     predicted = logits.argmax(dim=-1)
     macro = {"average": "macro", "labels": labels.unique(), "zero_division": 0}
     return {
@@ -496,6 +507,7 @@ def distill(
         ValueError: `data` or `answers` make no sense, or `output_dir` holds a finished run of something else.
         DivergedError, MemoryError: see `train`.
     """
+    require_whole("checkpoint_steps", checkpoint_steps, minimum=0)
     device, precision = machine(config)
     tokenizer = load_tokenizers(config).student
     data = data or load_splits(config)
@@ -607,7 +619,7 @@ def find_run(folder: Path, made_of: dict[str, Any]) -> DistillResult | None:
     try:
         result = load_run(folder)
     except ValueError as error:
-        warnings.warn(f"{error} It is made again.", stacklevel=3)
+        warnings.warn(str(error).replace("delete it and run again", "it is made again"), stacklevel=3)
         return None
     other = artifacts.load_json(folder / "made_of.json")
     if artifacts.fingerprint(other) != artifacts.fingerprint(made_of):
@@ -629,7 +641,7 @@ def load_run(folder: str | Path) -> DistillResult:
     if not (folder / artifacts.MANIFEST).exists():
         raise FileNotFoundError(f"{folder} holds no finished run; give the folder of one.")
     if wrong := artifacts.damaged(folder):
-        raise ValueError(f"the run in {folder} is damaged ({', '.join(wrong)}).")
+        raise ValueError(f"the run in {folder} is damaged ({', '.join(wrong)}); delete it and run again.")
     config, history, metrics = (
         artifacts.load_json(folder / name) for name in ("config.json", "history.json", "metrics.json")
     )

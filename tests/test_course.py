@@ -386,6 +386,7 @@ def test_an_unfinished_sweep_is_not_stored(own_artifacts):
     before = stored.read_bytes()
     setting = {"parameters": {"alpha": 0.0, "seed": 0}, "run": "alpha=0.0"}
     plan = {"notebook": course.SWEPT.stem, "settings": [setting]}
+    plan["digest"] = artifacts.fingerprint(plan)
     artifacts.save_json(own_artifacts / "sweeps" / course.SWEEP / "plan.json", plan)
     with pytest.raises(RuntimeError, match=r"runs are missing: {'planned': 1}; run `make sweep`"):
         course.store_sweep()

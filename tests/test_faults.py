@@ -186,16 +186,16 @@ def test_a_damaged_run_is_never_read(tmp_path, whole, name, damage):
     shutil.copytree(whole.folder, folder)
     made_of = artifacts.load_json(folder / "made_of.json")
     damage(folder / name)
-    with pytest.raises(ValueError, match=rf"is damaged \({name}\)\.$"):
+    with pytest.raises(ValueError, match=rf"is damaged \({name}\); delete it and run again\.$"):
         load_run(folder)
-    with pytest.warns(UserWarning, match="It is made again"):
+    with pytest.warns(UserWarning, match="; it is made again"):
         assert find_run(folder, made_of) is None
 
 
 def test_a_damaged_run_is_made_again(own_artifacts, config, data, whole):
     run = distill(config, data=data)
     flip_a_bit(run.folder / "metrics.json")
-    with pytest.warns(UserWarning, match=r"is damaged \(metrics.json\)\. It is made again"):
+    with pytest.warns(UserWarning, match=r"is damaged \(metrics.json\); it is made again"):
         assert same_run(whole, distill(config, data=data))
     assert same_run(whole, load_run(run.folder))
 

@@ -75,7 +75,7 @@ def test_a_damaged_cache_is_said_and_rebuilt(own_artifacts, teacher, tokenized, 
 def test_lookup_is_by_id():
     answers = TeacherLogits(torch.tensor([30, 10, 20]), torch.tensor([[3.0], [1.0], [2.0]]))
     assert answers.lookup(torch.tensor([10, 20, 30, 10])).flatten().tolist() == [1.0, 2.0, 3.0, 1.0]
-    with pytest.raises(KeyError, match="2 texts have no teacher logits, the first has id 15"):
+    with pytest.raises(ValueError, match=r"2 of 3 texts have no answer of the teacher \(the first has id 15\)"):
         answers.lookup(torch.tensor([10, 15, 99]))
 
 
