@@ -278,12 +278,13 @@ def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, 
     DistilBERT has no `token_type_ids`; labels stay out, since the loss is ours.
     """
     device = next(model.parameters()).device
-    accepted = _accepted_inputs(type(model))
+    accepted = accepted_inputs(type(model))
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name in accepted}
 
 
 @functools.cache
-def _accepted_inputs(model_class: type[nn.Module]) -> frozenset[str]:
+def accepted_inputs(model_class: type[nn.Module]) -> frozenset[str]:
+    """Which of the tensors that a tokenizer makes a kind of model reads."""
     parameters = inspect.signature(model_class.forward).parameters
     return frozenset({"input_ids", "attention_mask", "token_type_ids"} & set(parameters))
 
