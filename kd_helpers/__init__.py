@@ -10,6 +10,7 @@
 | `teacher_logits`, `lean`, `checkpoints`, `training` | 05: the loop |
 | `comparison` | 06: did it help? |
 | `sweep` | 07: which temperature, which alpha? |
+| `trainer`, `train`, `shards` | 16: many devices, many texts |
 
 `artifacts`, `hub`, `plots`, `explorers`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The
 names below can be imported from here; a module is loaded when one of its names is first used, so `import kd_helpers`
@@ -36,6 +37,7 @@ _HOME = {
     "distill": "training",
     "load_run": "training",
     "predict_and_evaluate": "comparison",
+    "DistillationTrainer": "trainer",
 }
 
 __all__ = ["__version__", *_HOME]

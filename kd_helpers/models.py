@@ -142,10 +142,16 @@ def _reorder_head(model: PreTrainedModel, order: Sequence[int]) -> None:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write weights (safetensors), configuration and tokenizer into a folder."""
+    """Write weights (safetensors), configuration and tokenizer into a folder.
+
+    Raises:
+        RuntimeError: this is not the first of several processes, and transformers saved nothing.
+    """
     with _quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise RuntimeError("of several processes only the first saves a model; let it go first (main_process_first).")
 
 
 def load_saved(folder: Path) -> PreTrainedModel:

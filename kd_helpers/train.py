@@ -1,0 +1,184 @@
+"""Chapter 16: distil with the Trainer, in one process or in many.
+
+    python -m kd_helpers.train --alpha 0.9
+    accelerate launch --config_file kd_helpers/launch/two_cpu_processes.yaml -m kd_helpers.train --alpha 0.9
+    torchrun --nproc_per_node 8 -m kd_helpers.train --alpha 0.9 --bf16
+
+The arguments are those of `DistillConfig` and, for everything that the Trainer knows itself (steps, batches, learning
+rate, precision, seed, checkpoints), those of `transformers.TrainingArguments`. The same command after a crash goes on
+from the last checkpoint in `--output_dir`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import typing
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorWithPadding, HfArgumentParser, TrainingArguments
+
+from kd_helpers.config import DistillConfig
+from kd_helpers.data import PAD_TO_MULTIPLE_OF, load_splits, require_disjoint, tokenize
+from kd_helpers.models import load_student, load_tokenizers, warn_if_swapped
+from kd_helpers.teacher_logits import attach
+from kd_helpers.trainer import DistillationTrainer
+from kd_helpers.training import fine_tuned_teacher, teacher_answers, warn_of_guessing
+
+# What the Trainer has arguments of its own for; every other choice of `DistillConfig` is an argument here.
+OF_THE_TRAINER = (
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "learning_rate",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "precision",
+    "device",
+    "seed",
+)
+
+
+@dataclasses.dataclass
+class CourseArguments(TrainingArguments):
+    """`TrainingArguments` with the course's defaults."""
+
+    output_dir: str = dataclasses.field(
+        default="artifacts/trainer", metadata={"help": "checkpoints, the student and its metrics"}
+    )
+    learning_rate: float = dataclasses.field(default=1e-4, metadata={"help": "peak learning rate of the student"})
+    weight_decay: float = dataclasses.field(default=0.01, metadata={"help": "AdamW's decoupled decay"})
+    per_device_train_batch_size: int = dataclasses.field(default=32, metadata={"help": "texts a process and batch"})
+    per_device_eval_batch_size: int = dataclasses.field(default=64, metadata={"help": "the same in evaluation"})
+    eval_strategy: str = dataclasses.field(default="epoch", metadata={"help": "when to evaluate: no, steps, epoch"})
+    save_strategy: str = dataclasses.field(default="epoch", metadata={"help": "when to save: no, steps, epoch"})
+    save_total_limit: int | None = dataclasses.field(default=2, metadata={"help": "checkpoints to keep"})
+    logging_steps: float = dataclasses.field(default=10, metadata={"help": "steps between two lines of the log"})
+    report_to: str | None = dataclasses.field(default="none", metadata={"help": "where else to log to"})
+
+
+def _choices() -> type:
+    """A dataclass of the fields of `DistillConfig` that the Trainer has no argument for, with their help."""
+    types = typing.get_type_hints(DistillConfig)
+    documented = dict(re.findall(r"^    (\w+): (.+)$", inspect.getdoc(DistillConfig) or "", re.MULTILINE))
+    own = [
+        (
+            field.name,
+            types[field.name],
+            dataclasses.field(default=field.default, metadata={"help": documented[field.name]}),
+        )
+        for field in dataclasses.fields(DistillConfig)
+        if field.name not in OF_THE_TRAINER
+    ]
+    online = dataclasses.field(
+        default=False, metadata={"help": "ask the teacher for every batch instead of once for every text"}
+    )
+    return dataclasses.make_dataclass("Choices", [*own, ("online", bool, online)])
+
+
+Choices = _choices()
+
+
+def configuration(choices: Any, args: TrainingArguments) -> DistillConfig:
+    """The `DistillConfig` that both kinds of arguments amount to; it refuses values outside their range."""
+    own = {name: value for name, value in dataclasses.asdict(choices).items() if name != "online"}
+    return DistillConfig(
+        **own,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        batch_size=args.train_batch_size,
+        precision="bfloat16" if args.bf16 else "float32",
+        device=args.device.type,
+        seed=args.seed,
+    )
+
+
+def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
+    """Train, evaluate on validation, measure on test once, and save the student in `args.output_dir`.
+
+    Returns:
+        What the Trainer measured on test, with the prefix `test_`.
+    """
+    config = configuration(choices, args)
+    data = load_splits(config)
+    require_disjoint(data)
+    tokenizers = load_tokenizers(config)
+    texts = {
+        split: tokenize(getattr(data, split), tokenizers.student, config.max_length)
+        for split in ("student_train", "validation", "test")
+    }
+    teacher = None
+    if config.alpha > 0:
+        warn_if_swapped(config)
+        with args.main_process_first(desc="the teacher and its answers"):  # it makes them, the others find them
+            answers = teacher_answers(config, data, "student_train")
+        warn_of_guessing(answers, data.train)
+        if choices.online:
+            teacher = fine_tuned_teacher(config, data, tokenizers.teacher)
+        else:
+            texts["student_train"] = attach(texts["student_train"], answers)
+    trainer = DistillationTrainer(
+        load_student(config, data.label_names),
+        args,
+        teacher_model=teacher,
+        temperature=config.temperature,
+        alpha=config.alpha,
+        train_dataset=texts["student_train"],
+        eval_dataset=texts["validation"],
+        processing_class=tokenizers.student,
+        data_collator=DataCollatorWithPadding(tokenizers.student, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
+    )
+    out = Path(args.output_dir)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(out, processes=args.world_size))
+    trainer.save_model(str(out / "student"))
+    trainer.save_state()
+    metrics = trainer.evaluate(texts["test"], metric_key_prefix="test")
+    trainer.save_metrics("test", metrics)
+    return metrics
+
+
+def last_whole_checkpoint(folder: Path, *, processes: int) -> str | None:
+    """The Trainer's newest checkpoint that was written to its end; the Trainer itself would take one that was not.
+
+    Its state comes last from the first process, the state of the random generators last from the others.
+    """
+    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*")}
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
+        random_states = list(checkpoint.glob("rng_state*.pth"))
+        archives = [*random_states, *checkpoint.glob("*.pt")]
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((checkpoint / "trainer_state.json").read_bytes())
+            # A file that torch saves is a zip archive, whose table of contents comes last.
+            if len(random_states) == processes and all(map(zipfile.is_zipfile, archives)):
+                return str(checkpoint)
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and distil.
+
+    Returns:
+        Exit status: 0, or 2 for a request that can't be met.
+    """
+    parser = HfArgumentParser((Choices, CourseArguments), description=(__doc__ or "").splitlines()[0])
+    choices, args = parser.parse_args_into_dataclasses(arguments)
+    try:
+        metrics = distil(choices, args)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    if args.process_index == 0:
+        print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

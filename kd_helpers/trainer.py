@@ -1,0 +1,204 @@
+"""Chapter 16: the same loss on many devices.
+
+`DistillationTrainer` is a `transformers.Trainer` whose loss is that of chapter 03. Processes, mixed precision, gradient
+accumulation, checkpoints and sharding are the Trainer's and accelerate's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from kd_helpers.config import require_alpha, require_temperature
+from kd_helpers.losses import IGNORE_INDEX, DistillationLoss, distillation_loss
+from kd_helpers.models import accepted_inputs, freeze, require_teacher_and_student
+from kd_helpers.training import DivergedError, classification_metrics
+
+ANSWERS = "teacher_logits"  # the column with the teacher's answers
+
+
+class DistillationTrainer(Trainer):
+    """A `transformers.Trainer` for classifiers that learn from a teacher.
+
+    The loss of an optimiser step is `losses.distillation_loss` of all its texts, however they are spread over
+    processes and accumulated batches: the soft loss is their mean over all texts, the hard loss over those that have a
+    label. Beside the Trainer's `loss` it logs `soft_loss`, `hard_loss` and `fidelity` (the share of texts on which
+    student and teacher name the same class), in evaluation with the prefix `eval_`.
+
+    Args:
+        model: the student.
+        args: the Trainer's arguments; label smoothing must be off, since the teacher takes its place.
+        teacher_model: a teacher to ask for every batch. It is frozen, placed (and under FSDP sharded) by accelerate,
+            and neither trained nor saved. None reads its answers from the column `teacher_logits`, `[C]` a text.
+        temperature: T of the soft loss.
+        alpha: weight of the soft loss; at 0 no teacher is needed.
+        compute_metrics: as the Trainer's; the course's five measures if left out.
+        options: everything else that a Trainer takes.
+
+    Texts to evaluate need no teacher's answers: `eval_loss` is the hard loss where there are none.
+
+    Raises:
+        ValueError: there is no teacher where one is needed or two where there should be one, label smoothing is on, or
+            the teacher does not fit the student.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        teacher_model: PreTrainedModel | None = None,
+        temperature: float = 2.0,
+        alpha: float = 0.5,
+        **options: Any,
+    ) -> None:
+        require_temperature(temperature)
+        require_alpha(alpha)
+        if args.label_smoothing_factor > 0:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}; set it to 0; the soft targets take its "
+                "place (a uniform teacher at T = 1 is label smoothing)."
+            )
+        require_teacher_and_student(teacher_model, model)
+        _require_one_teacher(teacher_model, alpha, options.get("train_dataset"))
+        self.temperature, self.alpha = temperature, alpha
+        self.student_inputs = accepted_inputs(type(model))
+        self.teacher_inputs = frozenset() if teacher_model is None else accepted_inputs(type(teacher_model))
+        super().__init__(model, args, **{"compute_metrics": course_metrics} | options)
+        self.teacher = None if teacher_model is None else self._place(freeze(teacher_model))
+        # The batches of an optimiser step are counted together (`get_batch_samples`), so the Trainer must not average.
+        self.model_accepts_loss_kwargs = True
+        self.sums = {True: self._no_sums(), False: self._no_sums()}  # of the losses, in training and in evaluation
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The batch's share in the loss of its optimiser step; in evaluation the loss of the batch alone."""
+        outputs = model(**{name: inputs[name] for name in self.student_inputs if name in inputs})
+        teacher_logits, labels = self._teacher_logits(inputs), inputs["labels"]
+        alpha = 0.0 if teacher_logits is None and not model.training else self.alpha
+        loss = distillation_loss(outputs.logits, teacher_logits, labels, temperature=self.temperature, alpha=alpha)
+        here = torch.tensor([len(labels), (labels != IGNORE_INDEX).sum()], device=labels.device)
+        self._count(model.training, loss, here, outputs.logits, teacher_logits)
+        total = self._share(loss, here, num_items_in_batch) if model.training else loss.total
+        return (total, outputs) if return_outputs else total
+
+    def _teacher_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if self.teacher is None:
+            return inputs.get(ANSWERS)
+        with torch.no_grad():
+            return self.teacher(**{name: inputs[name] for name in self.teacher_inputs if name in inputs}).logits
+
+    def _share(self, loss: DistillationLoss, here: torch.Tensor, everywhere: torch.Tensor) -> torch.Tensor:
+        """What this batch adds to the loss of a step with so many texts and labels `everywhere`.
+
+        Processes average their gradients, and so the sum over them is their mean times their number.
+        """
+        texts, labelled = here / everywhere.clamp(min=1)
+        parts = ((self.alpha, texts, loss.soft), (1 - self.alpha, labelled, loss.hard))
+        # A part of weight 0 is left out rather than multiplied by 0: 0 · inf would poison the total.
+        return self.args.world_size * sum(weight * share * part for weight, share, part in parts if weight > 0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """The batches of an optimiser step, and how many texts and labels they have in all processes, `[2]`."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        labels = torch.cat([batch["labels"].flatten() for batch in batches]) if batches else torch.empty(0)
+        counts = torch.tensor([len(labels), (labels != IGNORE_INDEX).sum()], device=device)
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Columns of the dataset that are kept: what the teacher reads or has answered, too."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += [ANSWERS, *sorted(self.teacher_inputs - set(self._signature_columns))]
+
+    def _place(self, teacher: PreTrainedModel) -> nn.Module:
+        if not self.is_fsdp_enabled:
+            return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if self.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(self.accelerator, teacher)
+        return self.accelerator.prepare_model(teacher)
+
+    # What is logged
+
+    def _count(
+        self,
+        training: bool,
+        loss: DistillationLoss,
+        here: torch.Tensor,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+    ) -> None:
+        """Add a batch to the sums of soft loss, hard loss and agreement, and to how many texts each is the sum of."""
+        texts, labelled = here
+        answered, agreed = torch.zeros_like(texts), torch.zeros_like(texts)
+        if teacher_logits is not None:
+            answered, agreed = texts, (student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).sum()
+        # Kept on the device: a GPU need not be waited for until something is logged.
+        sums = (answered * loss.soft, labelled * loss.hard, agreed, answered, labelled)
+        self.sums[training] += torch.stack([value.detach().float() for value in sums])
+
+    def _no_sums(self) -> torch.Tensor:
+        return torch.zeros(5, device=self.args.device)
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
+        """As the Trainer's, with the losses counted from zero."""
+        self.sums[False] = self._no_sums()
+        return super().evaluation_loop(*arguments, **options)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `soft_loss`, `hard_loss` and `fidelity` to the losses that the Trainer logs, over all processes.
+
+        Raises:
+            DivergedError: a loss was not finite since the last time.
+        """
+        for name in [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]:
+            prefix, training = name.removesuffix("loss"), name == "loss"
+            soft, hard, agreed, answered, labelled = self.accelerator.reduce(self.sums[training], "sum").tolist()
+            self.sums[training] = self._no_sums()
+            found = {}
+            if answered:
+                found |= {"soft_loss": soft / answered, "fidelity": agreed / answered}
+            if labelled:
+                found |= {"hard_loss": hard / labelled}
+            if training and not all(math.isfinite(value) for value in found.values()):
+                raise DivergedError(self.state.global_step, found)
+            logs |= {prefix + part: value for part, value in found.items()}
+        super().log(logs, start_time)
+
+
+def _require_one_teacher(teacher_model: nn.Module | None, alpha: float, train_dataset: Any) -> None:
+    columns = getattr(train_dataset, "column_names", None)  # a stream may not know its own
+    if not columns:
+        return
+    if teacher_model is not None and ANSWERS in columns:
+        raise ValueError(
+            f"there is a teacher_model, and train_dataset has a column {ANSWERS!r}; drop one of them, so that it is "
+            "clear who teaches."
+        )
+    if teacher_model is None and ANSWERS not in columns and alpha > 0:
+        raise ValueError(
+            f"alpha is {alpha} but there is no teacher; give a teacher_model, a column {ANSWERS!r} in train_dataset "
+            "(teacher_logits.attach makes it), or alpha=0."
+        )
+
+
+def course_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The course's five measures on the texts that have a label, for `compute_metrics`."""
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    labelled = labels != IGNORE_INDEX
+    return classification_metrics(logits[labelled], labels[labelled])

@@ -1,0 +1,368 @@
+"""The Trainer's loss is the loop's: in one process and in two, online and cached, in one batch and in several."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_bert, tiny_distilbert
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, EvalPrediction, TrainingArguments
+
+from kd_helpers import DistillationTrainer
+from kd_helpers.data import PAD_TO_MULTIPLE_OF
+from kd_helpers.losses import distillation_loss
+from kd_helpers.models import freeze, save_model
+from kd_helpers.optim import make_optimizer, make_scheduler
+from kd_helpers.teacher_logits import attach, cached_logits
+from kd_helpers.train import last_whole_checkpoint
+from kd_helpers.trainer import course_metrics
+from kd_helpers.training import DivergedError, classification_metrics, distill_epoch
+
+SOFTENING = {"temperature": 2.0, "alpha": 0.7}
+
+
+@pytest.fixture
+def teacher():
+    """One with opinions."""
+    model = tiny_bert(seed=1)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    return freeze(model)
+
+
+@pytest.fixture
+def answered(own_artifacts, teacher, tokenized, tokenizer) -> datasets.Dataset:
+    """The training texts, 32 of 128 without a label, in an order that mixes them, with the teacher's answers."""
+    answers = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    return attach(tokenized, answers).shuffle(seed=0)
+
+
+def student():
+    return tiny_bert(dropout=0.0)
+
+
+def collator(tokenizer) -> DataCollatorWithPadding:
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+
+
+def arguments(folder: Path, **changes) -> TrainingArguments:
+    """One epoch over the texts in their order, every step logged."""
+    usual = {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**usual | changes)
+
+
+def trained(folder: Path, texts: datasets.Dataset, tokenizer, *, model=None, teacher_model=None, **changes):
+    """A trainer that has trained."""
+    trainer = DistillationTrainer(
+        student() if model is None else model,
+        arguments(folder, **changes),
+        teacher_model=teacher_model,
+        train_dataset=texts,
+        data_collator=collator(tokenizer),
+        **SOFTENING,
+    )
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def same_weights(one, other, atol: float = 1e-5) -> None:
+    for (name, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert_close(value, expected, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_it_is_the_loop(tmp_path, answered, tokenizer):
+    batches = DataLoader(answered, batch_size=32, collate_fn=collator(tokenizer))
+    by_loop = student()
+    optimizer = make_optimizer(by_loop, learning_rate=1e-3, weight_decay=0.01)
+    scheduler = make_scheduler(optimizer, steps=len(batches))
+    losses = distill_epoch(by_loop, batches, optimizer, scheduler, **SOFTENING)
+    trainer = trained(tmp_path, answered, tokenizer)
+    for name, expected in (
+        ("loss", losses.total),
+        ("soft_loss", losses.soft),
+        ("hard_loss", losses.hard),
+        ("grad_norm", losses.gradient_norm),
+    ):
+        assert_close(torch.tensor(logged(trainer, name)), expected, rtol=1e-5, atol=1e-5)
+    same_weights(trainer.model, by_loop)
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 24])
+def test_accumulated_batches_are_one_batch(tmp_path, answered, tokenizer, batch_size):
+    """Also where they differ in how many labels they have, and where the last ones are fewer."""
+    texts = answered.select(range(96))
+    whole = trained(tmp_path, texts, tokenizer, per_device_train_batch_size=48)
+    split = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 48 // batch_size}
+    parts = trained(tmp_path, texts, tokenizer, **split)
+    for name in ("loss", "soft_loss", "hard_loss", "fidelity"):
+        assert_close(torch.tensor(logged(parts, name)), torch.tensor(logged(whole, name)), rtol=1e-5, atol=1e-5)
+    same_weights(parts.model, whole.model)
+
+
+def test_online_and_cached_are_the_same(tmp_path, answered, teacher, tokenizer):
+    cached = trained(tmp_path, answered, tokenizer)
+    online = trained(tmp_path, answered.remove_columns("teacher_logits"), tokenizer, teacher_model=teacher)
+    assert_close(torch.tensor(logged(online, "loss")), torch.tensor(logged(cached, "loss")), rtol=1e-5, atol=1e-5)
+    same_weights(online.model, cached.model)
+
+
+def test_the_last_step_of_an_epoch_may_be_smaller(tmp_path, answered, tokenizer):
+    texts = answered.select(range(40))
+    trainer = trained(tmp_path, texts, tokenizer, per_device_train_batch_size=8, gradient_accumulation_steps=4)
+    assert trainer.state.global_step == 2
+    assert len(logged(trainer, "loss")) == 2
+    soft, hard = logged(trainer, "soft_loss"), logged(trainer, "hard_loss")
+    expected = [0.7 * s + 0.3 * h for s, h in zip(soft, hard, strict=True)]
+    assert logged(trainer, "loss") == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_teacher_is_frozen_kept_out_of_the_optimizer_and_never_saved(tmp_path, answered, tokenizer):
+    teacher = tiny_bert(seed=1).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    texts = answered.remove_columns("teacher_logits")
+    trainer = trained(tmp_path, texts, tokenizer, teacher_model=teacher, save_strategy="epoch")
+    assert not teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in trainer.model.parameters()}
+    (saved,) = tmp_path.glob("checkpoint-*/model.safetensors")
+    weights = sum(value.numel() * 4 for value in trainer.model.state_dict().values())
+    assert weights <= saved.stat().st_size < 1.01 * weights + 50_000
+
+
+def test_a_student_that_reads_less_than_its_teacher(tmp_path, answered, teacher, tokenizer):
+    """DistilBERT has no token types; its teacher must get them all the same."""
+    read = []
+    teacher.register_forward_pre_hook(lambda _, args, kwargs: read.append(set(kwargs)), with_kwargs=True)
+    texts = answered.remove_columns("teacher_logits")
+    trained(tmp_path, texts, tokenizer, model=tiny_distilbert(), teacher_model=teacher, max_steps=1)
+    assert {"input_ids", "attention_mask", "token_type_ids"} in read
+
+
+def test_evaluation_gives_the_measures_of_the_course(tmp_path, answered, teacher, tokenizer):
+    texts = answered.filter(lambda row: row["label"] >= 0)
+    trainer = DistillationTrainer(
+        student(),
+        arguments(tmp_path, per_device_eval_batch_size=40),
+        train_dataset=texts,
+        eval_dataset=texts,
+        data_collator=collator(tokenizer),
+        **SOFTENING,
+    )
+    metrics = trainer.evaluate()
+    found = trainer.predict(texts)
+    logits, labels = torch.tensor(found.predictions), torch.tensor(found.label_ids)
+    for name, value in classification_metrics(logits, labels).items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, abs=1e-6)
+    answers = torch.tensor(texts["teacher_logits"][:])
+    expected = distillation_loss(logits, answers, labels, **SOFTENING)
+    assert metrics["eval_soft_loss"] == pytest.approx(expected.soft.item(), abs=1e-5)
+    assert metrics["eval_hard_loss"] == pytest.approx(expected.hard.item(), abs=1e-5)
+    assert metrics["eval_fidelity"] == pytest.approx(
+        (logits.argmax(-1) == answers.argmax(-1)).float().mean().item(), abs=1e-6
+    )
+    assert trainer.evaluate()["eval_soft_loss"] == metrics["eval_soft_loss"], "each evaluation counts from zero"
+
+
+def test_texts_to_evaluate_need_no_answers(tmp_path, answered, tokenizer):
+    texts = answered.filter(lambda row: row["label"] >= 0).remove_columns("teacher_logits")
+    trainer = DistillationTrainer(
+        student(), arguments(tmp_path), train_dataset=answered, data_collator=collator(tokenizer), **SOFTENING
+    )
+    metrics = trainer.evaluate(texts)
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], abs=1e-4)
+    assert metrics["eval_hard_loss"] == pytest.approx(metrics["eval_nll"], abs=1e-4)
+    assert "eval_soft_loss" not in metrics
+
+
+def test_unlabelled_texts_are_not_scored():
+    logits = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], dtype=np.float32)
+    assert course_metrics(EvalPrediction(predictions=logits, label_ids=np.array([0, -100, 1])))["accuracy"] == 0.5
+
+
+def test_the_best_model_is_loaded_and_training_goes_on(tmp_path, answered, tokenizer):
+    labelled = answered.filter(lambda row: row["label"] >= 0)
+    options = {
+        "num_train_epochs": 3,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "nll",
+        "greater_is_better": False,
+    }
+
+    def make(folder):
+        return DistillationTrainer(
+            student(),
+            arguments(folder, **options),
+            train_dataset=answered,
+            eval_dataset=labelled,
+            data_collator=collator(tokenizer),
+            **SOFTENING,
+        )
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    assert whole.evaluate()["eval_nll"] == pytest.approx(whole.state.best_metric, abs=1e-6)
+    again = make(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert logged(again, "loss")[-8:] == logged(whole, "loss")[-8:]
+    same_weights(again.model, whole.model, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; set it to 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; give a finite number greater than 0"),
+        ({"alpha": 1.5}, "alpha is 1.5; give a finite number between 0"),
+        ({"answers": False}, "alpha is 0.7 but there is no teacher; give a teacher_model, a column 'teacher_logits'"),
+        ({"teacher": True}, "there is a teacher_model, and train_dataset has a column 'teacher_logits'; drop one"),
+        ({"same": True}, "teacher and student are the same model"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, answered, teacher, tokenizer, options, sentence):
+    model = student()
+    texts = answered if options.pop("answers", True) else answered.remove_columns("teacher_logits")
+    teacher_model = model if options.pop("same", False) else teacher if options.pop("teacher", False) else None
+    softening = SOFTENING | {name: options.pop(name) for name in SOFTENING if name in options}
+    with pytest.raises(ValueError, match=sentence):
+        DistillationTrainer(
+            model, arguments(tmp_path, **options), teacher_model=teacher_model, train_dataset=texts, **softening
+        )
+
+
+def test_divergence_stops_the_run(tmp_path, answered, tokenizer):
+    with pytest.raises(DivergedError, match=r"at step \d+ \(soft_loss"):
+        trained(tmp_path, answered, tokenizer, learning_rate=1e30, num_train_epochs=3)
+
+
+# Two processes
+
+
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+PROCESS = Path(__file__).with_name("trainer_process.py")
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def in_two(*command: str, folder: Path) -> subprocess.Popen:
+    """Start a script or module in two processes that talk through gloo."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *TWO, free_port(), *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_two_processes_are_one(tmp_path, answered, teacher, tokenizer):
+    """Two times 16 texts are 32, whether the teacher is asked or has been."""
+    answered.save_to_disk(tmp_path / "texts")
+    save_model(tmp_path / "student", student(), tokenizer)
+    save_model(tmp_path / "teacher", teacher, tokenizer)
+    process = in_two(str(PROCESS), folder=tmp_path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-6000:]
+    alone = trained(tmp_path / "alone", answered, tokenizer)
+    expected = alone.model.state_dict()
+    for way in ("cached", "online"):
+        history = json.loads((tmp_path / f"{way}.json").read_text())
+        for name in ("loss", "soft_loss", "hard_loss", "fidelity"):
+            found = [entry[name] for entry in history if name in entry]
+            assert found == pytest.approx(logged(alone, name), abs=1e-5), (way, name)
+        weights = load_file(tmp_path / way / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            assert_close(value, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_left_alone(tmp_path, answered, tokenizer):
+    trained(tmp_path, answered, tokenizer, save_strategy="steps", save_steps=1)
+    newest, one_before = (str(tmp_path / f"checkpoint-{step}") for step in (4, 3))
+    assert last_whole_checkpoint(tmp_path, processes=1) == newest
+    assert last_whole_checkpoint(tmp_path, processes=2) is None
+    for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt"):
+        content = (Path(newest) / name).read_bytes()
+        (Path(newest) / name).write_bytes(content[: len(content) // 2])
+        assert last_whole_checkpoint(tmp_path, processes=1) == one_before, name
+        (Path(newest) / name).write_bytes(content)
+    assert last_whole_checkpoint(tmp_path / "none", processes=1) is None
+
+
+def wait_for(holds, process: subprocess.Popen, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_the_script_goes_on_under_two_processes(tmp_path, own_artifacts, tokenizer):
+    for name, layers in (("teacher", 2), ("student", 1)):
+        model = tiny_bert(layers, classes=2)
+        model.config.id2label = {0: "no", 1: "yes"}
+        save_model(tmp_path / name, model, tokenizer)
+    rows = [
+        f"order {number} is {word},{label}" for number in range(60) for word, label in (("fine", "yes"), ("late", "no"))
+    ]
+    (tmp_path / "own.csv").write_text("\n".join(["text,label", *rows]))
+    command = (
+        *("-m", "kd_helpers.train", "--data", "own.csv", "--teacher_checkpoint", "teacher"),
+        *("--student_checkpoint", "student", "--teacher_epochs", "1", "--max_length", "16", "--use_cpu", "--online"),
+        *("--per_device_train_batch_size", "4", "--num_train_epochs", "4", "--save_strategy", "steps"),
+        *("--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true", "--output_dir"),
+    )
+    whole = in_two(*command, "whole", folder=tmp_path)
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output[-6000:]
+
+    killed = in_two(*command, "killed", folder=tmp_path)
+    wait_for(lambda: list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")), killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "student").exists()
+    again = in_two(*command, "killed", folder=tmp_path)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output[-6000:]
+    ways = [load_file(tmp_path / way / "student" / "model.safetensors") for way in ("whole", "killed")]
+    assert all(torch.equal(value, ways[1][name]) for name, value in ways[0].items())
+    tests = [json.loads((tmp_path / way / "test_results.json").read_text()) for way in ("whole", "killed")]
+    assert tests[0]["test_nll"] == tests[1]["test_nll"]
