@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run site test coverage test-browser lint format notebooks results sweep benchmark publish lab clean
+.PHONY: help run site test coverage test-doors test-browser lint format notebooks results sweep benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,7 +22,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(READY)
 
-run: $(READY) ## run notebooks 00 to 07, print the comparison, write artifacts/course/index.html
+run: $(READY) ## run every notebook, print the comparison, write artifacts/course/index.html
 	$(BIN)/python -m kd_helpers.course run
 
 site: $(READY) ## write artifacts/site/index.html: the course as pages, from what is stored
@@ -39,6 +39,9 @@ coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_help
 	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+test-doors: $(READY) ## open every chapter alone in an empty folder, with own texts and with the hub's presets
+	$(PYTEST) -m "longer or not longer" tests/test_doors.py
 
 test-browser: $(READY) ## the explorers in JupyterLab and Chromium; screenshots in artifacts/browser
 	$(BIN)/python -m pytest tests/browser

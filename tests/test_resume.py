@@ -86,23 +86,26 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, monke
     whole = distill(config, data=data)
     seconds = time.monotonic() - start
 
-    chance = random.Random(0)
+    chance, patience = random.Random(0), seconds / 2
     fork = multiprocessing.get_context("fork")
     folder, kills, stages = tmp_path / "killed", 0, set()
     monkeypatch.setenv("KD_ARTIFACTS", str(folder))
     while kills < KILLS:
         process = fork.Process(target=distil_in, args=(config, data))
         process.start()
-        process.join(chance.uniform(0, seconds / 2))
+        process.join(chance.uniform(0, patience))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
-            stages.add(tuple(sorted(path.name for path in folder.glob("checkpoints/*/[!.]*"))))
+            stage = tuple(sorted(path.name for path in folder.glob("checkpoints/*/[!.]*")))
+            patience *= 1.2 if stage in stages else 1  # a busy machine comes less far in the same time
+            stages.add(stage)
         else:  # it was done before it could be killed; the next begins with nothing
             assert process.exitcode == 0
             assert same_run(whole, distill(config, data=data))
             shutil.rmtree(folder)
+            patience = seconds / 2
     assert same_run(whole, distill(config, data=data))
     assert len(stages) > 5, "the kills must not all have struck at one place"
     assert not list(folder.glob("checkpoints/[!.]*"))

@@ -94,7 +94,8 @@ def hook(event, args):
 note("guarded", " ".join(sys.orig_argv))
 sys.addaudithook(hook)
 """
-OURS = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "KD_", "XDG_", "TORCHINDUCTOR_")  # what must not reach a sandbox
+# What must not reach a sandbox.
+OURS = ("COVERAGE_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "KD_", "XDG_", "TORCHINDUCTOR_")
 
 
 @dataclasses.dataclass(frozen=True)

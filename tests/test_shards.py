@@ -1,0 +1,128 @@
+"""Answers in shards: the cache's, whatever was cut off, and no others'."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_bert
+from test_trainer import TWO, free_port
+from torch.testing import assert_close
+
+from kd_helpers import artifacts, shards
+from kd_helpers.models import freeze, save_model
+from kd_helpers.shards import answer_shards, missing_shards, read_shards
+from kd_helpers.teacher_logits import cached_logits
+
+
+@pytest.fixture
+def teacher():
+    return freeze(tiny_bert(seed=1))
+
+
+@pytest.fixture
+def raw(splits) -> datasets.Dataset:
+    """128 texts, the last 32 without a label."""
+    return splits.student_train
+
+
+def stream(raw: datasets.Dataset, count: int = 4) -> datasets.IterableDataset:
+    return raw.select_columns(["text", "label"]).to_iterable_dataset(num_shards=count)
+
+
+def test_the_answers_are_those_of_the_cache_in_the_order_of_the_texts(
+    own_artifacts, tmp_path, monkeypatch, teacher, raw, tokenized, tokenizer
+):
+    monkeypatch.setattr(shards, "ROWS", 10)  # several to a shard, the last one smaller
+    answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+    rows = list(read_shards(tmp_path))
+    expected = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    ids = torch.tensor(raw["id"][:])
+    assert_close(torch.tensor([row["teacher_logits"] for row in rows]), expected.lookup(ids), rtol=1e-4, atol=1e-5)
+    assert [row["label"] for row in rows] == raw["label"][:]
+    assert [row["input_ids"] for row in rows] == tokenized["input_ids"][:]
+
+
+def test_texts_without_labels_have_none(tmp_path, teacher, raw, tokenizer):
+    answer_shards(teacher, stream(raw).remove_columns("label"), tokenizer, tmp_path, max_length=24)
+    assert {row["label"] for row in read_shards(tmp_path)} == {-100}
+
+
+def test_what_is_done_is_left_alone_and_what_is_missing_or_damaged_is_made(
+    tmp_path, monkeypatch, teacher, raw, tokenizer
+):
+    asked = []
+
+    def ask(*given):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return real(*given)
+
+    real = shards.ask
+    monkeypatch.setattr(shards, "ask", ask)
+    with pytest.raises(KeyboardInterrupt):
+        answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+    monkeypatch.setattr(shards, "ask", real)
+    assert missing_shards(tmp_path) == [2, 3]
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 shards \(the first is 2\); run answer_shards again"):
+        read_shards(tmp_path)
+    file = tmp_path / "000000" / shards.ANSWERS
+    file.write_bytes(file.read_bytes()[:-1])
+    assert missing_shards(tmp_path) == [0, 2, 3]
+    kept = (tmp_path / "000001" / shards.ANSWERS).stat().st_mtime_ns
+    with pytest.warns(UserWarning, match="000000 is damaged; it is built anew"):
+        answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+    assert missing_shards(tmp_path) == []
+    assert (tmp_path / "000001" / shards.ANSWERS).stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"teacher": freeze(tiny_bert(seed=2))}, "teacher"), ({"max_length": 16}, "max_length"), ({"count": 5}, "shards")],
+)
+def test_answers_of_something_else_are_refused(tmp_path, teacher, raw, tokenizer, change, what):
+    answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+    texts = stream(raw, change.get("count", 4))
+    with pytest.raises(ValueError, match=rf"holds answers of another {what}; choose another folder\."):
+        answer_shards(
+            change.get("teacher", teacher), texts, tokenizer, tmp_path, max_length=change.get("max_length", 24)
+        )
+
+
+def test_a_stream_without_texts_is_refused(tmp_path, teacher, raw, tokenizer):
+    reviews = stream(raw).select_columns("text").rename_column("text", "review")
+    with pytest.raises(ValueError, match="the texts have the columns review; rename the right one to 'text'"):
+        answer_shards(teacher, reviews, tokenizer, tmp_path, max_length=24)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import datasets, torch
+from transformers import AutoTokenizer
+from kd_helpers.models import freeze, load_saved
+from kd_helpers.shards import answer_shards
+torch.distributed.init_process_group("gloo")
+texts = datasets.load_from_disk("texts").to_iterable_dataset(num_shards=5)
+tokenizer = AutoTokenizer.from_pretrained("teacher")
+answer_shards(freeze(load_saved(Path("teacher"))), texts, tokenizer, "two", max_length=24)
+"""
+
+
+def test_processes_share_the_shards_out(tmp_path, teacher, raw, tokenizer):
+    raw.select_columns(["text", "label"]).save_to_disk(tmp_path / "texts")
+    save_model(tmp_path / "teacher", teacher, tokenizer)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, *TWO, free_port(), "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer_shards(teacher, stream(raw, 5), tokenizer, tmp_path / "one", max_length=24)
+    assert missing_shards(tmp_path / "two") == []
+    for index in range(5):
+        files = [tmp_path / way / f"{index:06d}" / artifacts.MANIFEST for way in ("one", "two")]
+        assert Path(files[0]).read_text() == Path(files[1]).read_text()
