@@ -142,6 +142,23 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def require_same(folder: Path, made_of: dict[str, Any]) -> None:
+    """Note in a folder that grows over several starts what it is made of; refuse to go on with anything else.
+
+    Raises:
+        ValueError: the folder was begun with something else, which is named.
+    """
+    note = folder / "made_of.json"
+    with locked(folder / "made_of"):
+        if not note.exists():
+            save_json(note, made_of)
+        before = load_json(note)
+    if differ := [
+        f"{name} {before.get(name)!r} (now {value!r})" for name, value in made_of.items() if before.get(name) != value
+    ]:
+        raise ValueError(f"{folder} was begun with {', '.join(differ)}; choose another folder, or delete it.")
+
+
 def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:
     """Make sure that `folder` holds what `build` makes; build it at most once, also among many processes.
 

@@ -40,21 +40,22 @@ def answer_shards(
 ) -> None:
     """Ask the teacher about every text of a stream, shard by shard; shards that are done are left alone.
 
-    Under `accelerate launch` or `torchrun` process p of P takes the shards p, p + P, …
+    Under `accelerate launch` or `torchrun` process p of P takes the shards p, p + P, …, and waits at the end for the
+    others. A stream is known only once it is read: that the texts are those of the last time is for you to see to.
 
     Args:
         teacher: a frozen classifier.
         texts: with a column `text` and, where there are labels, a column `label`; each of its shards gives one file
             (`load_dataset(…, streaming=True)` has one for each file, `to_iterable_dataset(num_shards=…)` as many
             as you like).
-        tokenizer: cuts the texts for teacher and student alike.
+        tokenizer: cuts the texts for teacher and student alike, which must have the same vocabulary.
         folder: where the answers go, a folder for each shard.
         max_length: tokens of a text that are kept.
         precision: of the teacher's matrix products.
 
     Raises:
-        ValueError: the stream has no column `text`, or the folder holds answers of another teacher, tokenizer, number
-            of shards, `max_length` or `precision`.
+        ValueError: the stream has no column `text`, or the folder was begun with another teacher, tokenizer, number of
+            shards, `max_length` or `precision`.
         OSError: the folder can't be written.
     """
     if "text" not in (texts.column_names or ["text"]):
@@ -67,7 +68,7 @@ def answer_shards(
         "precision": str(precision),
         "shards": texts.num_shards,
     }
-    _require_same_answers(folder, made_of)
+    artifacts.require_same(folder, made_of)
     mine = range(state.process_index, texts.num_shards, state.num_processes)
     for index in tqdm(mine, desc="Asking the teacher", unit="shard", leave=False):
         shard = texts.shard(num_shards=texts.num_shards, index=index)
@@ -82,6 +83,7 @@ def answer_shards(
                 writer.close()
 
         artifacts.get_or_build(folder / f"{index:06d}", answer)
+    state.wait_for_everyone()
 
 
 def _answered(
@@ -99,15 +101,6 @@ def _answered(
         answers = np.empty((count, logits.shape[1]), dtype=np.float32) if answers is None else answers
         answers[batch["id"].numpy()] = logits
     return {**columns, "teacher_logits": list(answers)}
-
-
-def _require_same_answers(folder: Path, made_of: dict[str, Any]) -> None:
-    with artifacts.locked(folder / "answers"):
-        if not (folder / "made_of.json").exists():
-            artifacts.save_json(folder / "made_of.json", made_of)
-        before = artifacts.load_json(folder / "made_of.json")
-    if differ := [name for name, value in made_of.items() if before.get(name) != value]:
-        raise ValueError(f"{folder} holds answers of another {', '.join(differ)}; choose another folder.")
 
 
 def missing_shards(folder: str | Path) -> list[int]:

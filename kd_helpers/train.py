@@ -25,12 +25,13 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, HfArgumentParser, TrainingArguments
 
+from kd_helpers import __version__, artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import PAD_TO_MULTIPLE_OF, load_splits, require_disjoint, tokenize
 from kd_helpers.models import load_student, load_tokenizers, warn_if_swapped
 from kd_helpers.teacher_logits import attach
 from kd_helpers.trainer import DistillationTrainer
-from kd_helpers.training import fine_tuned_teacher, teacher_answers, warn_of_guessing
+from kd_helpers.training import DivergedError, dataset_digest, fine_tuned_teacher, teacher_answers, warn_of_guessing
 
 # What the Trainer has arguments of its own for; every other choice of `DistillConfig` is an argument here.
 OF_THE_TRAINER = (
@@ -44,6 +45,19 @@ OF_THE_TRAINER = (
     "precision",
     "device",
     "seed",
+)
+
+# What of the Trainer's arguments changes the student, beside what stands in its configuration.
+THAT_MATTER = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "fp16",
+    "world_size",
 )
 
 
@@ -63,6 +77,9 @@ class CourseArguments(TrainingArguments):
     save_total_limit: int | None = dataclasses.field(default=2, metadata={"help": "checkpoints to keep"})
     logging_steps: float = dataclasses.field(default=10, metadata={"help": "steps between two lines of the log"})
     report_to: str | None = dataclasses.field(default="none", metadata={"help": "where else to log to"})
+    ddp_timeout: int = dataclasses.field(
+        default=4 * 3600, metadata={"help": "seconds that processes wait for the first, which tunes the teacher"}
+    )
 
 
 def _choices() -> type:
@@ -107,6 +124,10 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
 
     Returns:
         What the Trainer measured on test, with the prefix `test_`.
+
+    Raises:
+        ValueError: the arguments make no sense, or `args.output_dir` was begun with others.
+        DivergedError: a loss is not finite.
     """
     config = configuration(choices, args)
     data = load_splits(config)
@@ -116,12 +137,16 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         split: tokenize(getattr(data, split), tokenizers.student, config.max_length)
         for split in ("student_train", "validation", "test")
     }
+    out = Path(args.output_dir)
+    matter = {name: str(getattr(args, name)) for name in THAT_MATTER} | {"texts": dataset_digest(data.student_train)}
+    artifacts.require_same(out, {"package": __version__, **config.to_dict(), **matter, "online": choices.online})
     teacher = None
     if config.alpha > 0:
         warn_if_swapped(config)
+        asked, labelled = ("validation", data.validation) if choices.online else ("student_train", data.train)
         with args.main_process_first(desc="the teacher and its answers"):  # it makes them, the others find them
-            answers = teacher_answers(config, data, "student_train")
-        warn_of_guessing(answers, data.train)
+            answers = teacher_answers(config, data, asked)
+        warn_of_guessing(answers, labelled)
         if choices.online:
             teacher = fine_tuned_teacher(config, data, tokenizers.teacher)
         else:
@@ -137,7 +162,6 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         processing_class=tokenizers.student,
         data_collator=DataCollatorWithPadding(tokenizers.student, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
-    out = Path(args.output_dir)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(out, processes=args.world_size))
     trainer.save_model(str(out / "student"))
     trainer.save_state()
@@ -151,7 +175,8 @@ def last_whole_checkpoint(folder: Path, *, processes: int) -> str | None:
 
     Its state comes last from the first process, the state of the random generators last from the others.
     """
-    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*")}
+    named = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    numbered = {int(match[1]): path for path, match in named.items() if match}
     for _, checkpoint in sorted(numbered.items(), reverse=True):
         random_states = list(checkpoint.glob("rng_state*.pth"))
         archives = [*random_states, *checkpoint.glob("*.pt")]
@@ -167,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and distil.
 
     Returns:
-        Exit status: 0, or 2 for a request that can't be met.
+        Exit status: 0, 1 if training diverged, or 2 for a request that can't be met.
     """
     parser = HfArgumentParser((Choices, CourseArguments), description=(__doc__ or "").splitlines()[0])
     choices, args = parser.parse_args_into_dataclasses(arguments)
@@ -175,6 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metrics = distil(choices, args)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
+    except DivergedError as error:
+        print(error, file=sys.stderr)
+        return 1
     if args.process_index == 0:
         print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
     return 0

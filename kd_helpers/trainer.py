@@ -7,12 +7,10 @@ accumulation, checkpoints and sharding are the Trainer's and accelerate's.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -85,12 +83,18 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The batch's share in the loss of its optimiser step; in evaluation the loss of the batch alone."""
+        """The batch's share in the loss of its optimiser step; in evaluation the loss of the batch alone.
+
+        Raises:
+            DivergedError: a loss in training is not finite. The step is not made.
+        """
         outputs = model(**{name: inputs[name] for name in self.student_inputs if name in inputs})
         teacher_logits, labels = self._teacher_logits(inputs), inputs["labels"]
         alpha = 0.0 if teacher_logits is None and not model.training else self.alpha
         loss = distillation_loss(outputs.logits, teacher_logits, labels, temperature=self.temperature, alpha=alpha)
-        here = torch.tensor([len(labels), (labels != IGNORE_INDEX).sum()], device=labels.device)
+        here = _texts_and_labels(labels)
+        if model.training:
+            self._require_finite(loss)
         self._count(model.training, loss, here, outputs.logits, teacher_logits)
         total = self._share(loss, here, num_items_in_batch) if model.training else loss.total
         return (total, outputs) if return_outputs else total
@@ -116,9 +120,15 @@ class DistillationTrainer(Trainer):
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """The batches of an optimiser step, and how many texts and labels they have in all processes, `[2]`."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        labels = torch.cat([batch["labels"].flatten() for batch in batches]) if batches else torch.empty(0)
-        counts = torch.tensor([len(labels), (labels != IGNORE_INDEX).sum()], device=device)
+        labels = [batch["labels"] for batch in batches]
+        counts = _texts_and_labels(torch.cat(labels) if labels else torch.empty(0)).to(device)
         return batches, self.accelerator.reduce(counts, "sum")
+
+    def _require_finite(self, loss: DistillationLoss) -> None:
+        # The Trainer's own filter of NaN waits for a GPU once a batch, too.
+        if not torch.isfinite(loss.total.detach()):
+            parts = {name: value.item() for name, value in loss._asdict().items()}
+            raise DivergedError(self.state.global_step + 1, parts)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns of the dataset that are kept: what the teacher reads or has answered, too."""
@@ -130,6 +140,8 @@ class DistillationTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return self.accelerator.prepare_model(teacher, evaluation_mode=True)
         if self.accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # earlier versions have no FSDP2
+
             return fsdp2_prepare_model(self.accelerator, teacher)
         return self.accelerator.prepare_model(teacher)
 
@@ -161,24 +173,22 @@ class DistillationTrainer(Trainer):
         return super().evaluation_loop(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `soft_loss`, `hard_loss` and `fidelity` to the losses that the Trainer logs, over all processes.
-
-        Raises:
-            DivergedError: a loss was not finite since the last time.
-        """
+        """Add `soft_loss`, `hard_loss` and `fidelity` to the losses that the Trainer logs, over all processes."""
         for name in [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]:
             prefix, training = name.removesuffix("loss"), name == "loss"
             soft, hard, agreed, answered, labelled = self.accelerator.reduce(self.sums[training], "sum").tolist()
             self.sums[training] = self._no_sums()
-            found = {}
             if answered:
-                found |= {"soft_loss": soft / answered, "fidelity": agreed / answered}
+                logs |= {f"{prefix}soft_loss": soft / answered, f"{prefix}fidelity": agreed / answered}
             if labelled:
-                found |= {"hard_loss": hard / labelled}
-            if training and not all(math.isfinite(value) for value in found.values()):
-                raise DivergedError(self.state.global_step, found)
-            logs |= {prefix + part: value for part, value in found.items()}
+                logs |= {f"{prefix}hard_loss": hard / labelled}
         super().log(logs, start_time)
+
+
+def _texts_and_labels(labels: torch.Tensor) -> torch.Tensor:
+    """How many texts a batch has and how many of them a label, `[2]`, on its device: a GPU is not waited for."""
+    labelled = labels != IGNORE_INDEX
+    return torch.stack([torch.ones_like(labelled), labelled]).sum(dim=-1)
 
 
 def _require_one_teacher(teacher_model: nn.Module | None, alpha: float, train_dataset: Any) -> None:

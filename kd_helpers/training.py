@@ -97,7 +97,7 @@ class DivergedError(FloatingPointError):
         values = ", ".join(f"{name} {value:g}" for name, value in parts.items())
         kept = "" if checkpoint is None else f"; the last good checkpoint is {checkpoint}"
         super().__init__(
-            f"training diverged at step {step} ({values}): lower learning_rate, or set precision='float32'{kept}."
+            f"training diverged at step {step} ({values}): lower the learning rate, or train in float32{kept}."
         )
 
 

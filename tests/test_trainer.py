@@ -27,7 +27,7 @@ from kd_helpers.losses import distillation_loss
 from kd_helpers.models import freeze, save_model
 from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.teacher_logits import attach, cached_logits
-from kd_helpers.train import last_whole_checkpoint
+from kd_helpers.train import last_whole_checkpoint, main
 from kd_helpers.trainer import course_metrics
 from kd_helpers.training import DivergedError, classification_metrics, distill_epoch
 
@@ -262,8 +262,17 @@ def test_mistakes_are_named(tmp_path, answered, teacher, tokenizer, options, sen
 
 
 def test_divergence_stops_the_run(tmp_path, answered, tokenizer):
-    with pytest.raises(DivergedError, match=r"at step \d+ \(soft_loss"):
-        trained(tmp_path, answered, tokenizer, learning_rate=1e30, num_train_epochs=3)
+    with pytest.raises(DivergedError, match=r"at step 2 \(total (nan|inf)"):
+        trained(tmp_path, answered, tokenizer, learning_rate=1e30)
+
+
+def test_a_bad_loss_leaves_the_weights_alone(tmp_path, answered, tokenizer):
+    bad = answered.map(lambda row: {"teacher_logits": [float("nan")] * 3})
+    model = student()
+    with pytest.raises(DivergedError, match=r"at step 1 \(total nan, soft nan, hard \d"):
+        trained(tmp_path, bad, tokenizer, model=model, save_strategy="steps", save_steps=1)
+    same_weights(model, student(), atol=0)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 # Two processes
@@ -324,6 +333,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_left_alone(tmp_path, an
         (Path(newest) / name).write_bytes(content[: len(content) // 2])
         assert last_whole_checkpoint(tmp_path, processes=1) == one_before, name
         (Path(newest) / name).write_bytes(content)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_whole_checkpoint(tmp_path, processes=1) == newest, "what has no number is somebody's own"
     assert last_whole_checkpoint(tmp_path / "none", processes=1) is None
 
 
@@ -335,7 +346,10 @@ def wait_for(holds, process: subprocess.Popen, seconds: float = 240) -> None:
         time.sleep(0.02)
 
 
-def test_the_script_goes_on_under_two_processes(tmp_path, own_artifacts, tokenizer):
+@pytest.fixture
+def of_the_script(tmp_path, own_artifacts, tokenizer, monkeypatch) -> tuple[str, ...]:
+    """Arguments of a short run, in a folder that has its texts and its models."""
+    monkeypatch.chdir(tmp_path)
     for name, layers in (("teacher", 2), ("student", 1)):
         model = tiny_bert(layers, classes=2)
         model.config.id2label = {0: "no", 1: "yes"}
@@ -344,11 +358,31 @@ def test_the_script_goes_on_under_two_processes(tmp_path, own_artifacts, tokeniz
         f"order {number} is {word},{label}" for number in range(60) for word, label in (("fine", "yes"), ("late", "no"))
     ]
     (tmp_path / "own.csv").write_text("\n".join(["text,label", *rows]))
+    return (
+        *("--data", "own.csv", "--teacher_checkpoint", "teacher", "--student_checkpoint", "student"),
+        *("--teacher_epochs", "1", "--max_length", "16", "--use_cpu", "--logging_steps", "1", "--disable_tqdm", "true"),
+    )
+
+
+def test_the_script_refuses_another_run_in_its_folder(of_the_script, capsys):
+    short = (*of_the_script, "--output_dir", "out", "--max_steps", "2", "--save_strategy", "no")
+    assert main([*short, "--alpha", "0.5"]) == 0
+    with pytest.raises(SystemExit) as refused:
+        main([*short, "--alpha", "0.9"])
+    assert refused.value.code == 2
+    assert "out was begun with alpha 0.5 (now 0.9); choose another folder, or delete it." in capsys.readouterr().err
+
+
+def test_the_script_says_that_it_diverged(of_the_script, capsys):
+    assert main([*of_the_script, "--output_dir", "out", "--learning_rate", "1e30", "--save_strategy", "no"]) == 1
+    assert "training diverged at step 2" in capsys.readouterr().err
+
+
+def test_the_script_goes_on_under_two_processes(tmp_path, of_the_script):
     command = (
-        *("-m", "kd_helpers.train", "--data", "own.csv", "--teacher_checkpoint", "teacher"),
-        *("--student_checkpoint", "student", "--teacher_epochs", "1", "--max_length", "16", "--use_cpu", "--online"),
+        *("-m", "kd_helpers.train", *of_the_script, "--online"),
         *("--per_device_train_batch_size", "4", "--num_train_epochs", "4", "--save_strategy", "steps"),
-        *("--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true", "--output_dir"),
+        *("--save_steps", "2", "--output_dir"),
     )
     whole = in_two(*command, "whole", folder=tmp_path)
     output, _ = whole.communicate(timeout=300)
