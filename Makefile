@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run site test coverage test-doors test-browser lint format notebooks results sweep benchmark publish lab clean
+.PHONY: help run site test coverage test-longer test-browser lint format notebooks results sweep benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,8 +40,8 @@ coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_help
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-doors: $(READY) ## open every chapter alone in an empty folder, with own texts and with the hub's presets
-	$(PYTEST) -m "longer or not longer" tests/test_doors.py
+test-longer: $(READY) ## the stored results made again in part, every chapter with own texts and the hub's models; half an hour
+	$(PYTEST) --dist worksteal -m longer tests
 
 test-browser: $(READY) ## the explorers in JupyterLab and Chromium; screenshots in artifacts/browser
 	$(BIN)/python -m pytest tests/browser

@@ -167,6 +167,7 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
     trainer.save_state()
     metrics = trainer.evaluate(texts["test"], metric_key_prefix="test")
     trainer.save_metrics("test", metrics)
+    trainer.accelerator.end_training()  # processes take leave of each other before one of them exits
     return metrics
 
 

@@ -25,7 +25,7 @@ from kd_helpers.models import load_tokenizer
 settings.register_profile("course", deadline=None)
 settings.load_profile("course")
 
-LONGEST = ("test_results", "test_doors", "test_explorers")
+LONGEST = ("test_results", "test_doors", "test_sweep", "test_papermill", "test_trainer", "test_explorers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,7 @@
-"""One entry of the stored comparison and one of the stored sweep are made again, and held to the stored ones."""
+"""One entry of the stored comparison and one of the stored sweep are made again, and held to the stored ones.
+
+Either takes minutes: `make test-longer` does it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import pytest
 from kd_helpers.comparison import FULL, run_arm, stored_comparison
 from kd_helpers.course import SWEPT
 from kd_helpers.sweep import stored_sweep, sweep
+
+pytestmark = pytest.mark.longer
 
 # Another processor rounds bfloat16 products in another order; runs then part like two seeds do. Over five seeds the
 # arm's accuracy has a standard deviation below half a point, so this is a band of four of them.

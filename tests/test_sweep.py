@@ -316,7 +316,7 @@ def test_a_folder_is_for_one_notebook(toy, tmp_path):
         sweep.collect(tmp_path)
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("by", [pytest.param(signal.SIGKILL, marks=pytest.mark.longer), signal.SIGINT])
 def test_stopped_in_the_middle_of_a_run_it_goes_on_from_there(tmp_path, by):
     toy, out = write_notebook(tmp_path / "toy.ipynb", nap=2), tmp_path / "out"
     grid = ["-g", "x=1,2,4", "--out", out]
@@ -394,7 +394,7 @@ output_dir: str = ""  # where"""
 
 
 def test_the_teacher_is_tuned_once_and_asked_once_in_the_whole_sweep(tmp_path, own_artifacts):
-    """Two sweeps start cold, together, with two temperatures, two alphas and two seeds."""
+    """Two sweeps start cold, together, with two temperatures and two alphas."""
     (tmp_path / "counting.py").write_text(COUNTING)
     notebook = write_notebook(tmp_path / "small.ipynb", body=DISTILLATION, parameters=DISTILLATION_PARAMETERS)
     command = f"""
@@ -402,7 +402,7 @@ import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import counting
 from kd_helpers.sweep import main
-sys.exit(main([{str(notebook)!r}, "-g", "temperature=1,4", "-g", "alpha=0.5,1", "-g", "seed=0,1", "--out",
+sys.exit(main([{str(notebook)!r}, "-g", "temperature=1,4", "-g", "alpha=0.5,1", "-g", "seed=0", "--out",
                {str(tmp_path / "out")!r}, "--jobs", "{min(2, joblib.cpu_count())}"]))
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -411,10 +411,10 @@ sys.exit(main([{str(notebook)!r}, "-g", "temperature=1,4", "-g", "alpha=0.5,1", 
         _, errors = process.communicate()
         assert process.returncode == 0, errors[-2000:]
     passes = (tmp_path / "passes").read_text().splitlines()
-    assert passes.count("Distilling") == 8
+    assert passes.count("Distilling") == 4
     assert passes.count("Fine-tuning the teacher") == 1
     assert [line for line in passes if line.startswith("asked")] == ["asked 64"]
-    assert sweep.collect(tmp_path / "out")["validation_nll"].nunique() > 4, "settings differ in what they give"
+    assert sweep.collect(tmp_path / "out")["validation_nll"].nunique() == 4, "settings differ in what they give"
 
 
 # Reading the table

@@ -27,3 +27,4 @@ if __name__ == "__main__":
         trainer.save_model(way)
         if trainer.is_world_process_zero():
             Path(f"{way}.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.end_training()
