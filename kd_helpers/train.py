@@ -167,7 +167,6 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
     trainer.save_state()
     metrics = trainer.evaluate(texts["test"], metric_key_prefix="test")
     trainer.save_metrics("test", metrics)
-    trainer.accelerator.end_training()  # processes take leave of each other before one of them exits
     return metrics
 
 
@@ -204,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         print(error, file=sys.stderr)
         return 1
+    args.distributed_state.destroy_process_group()  # processes take leave of each other before one of them exits
     if args.process_index == 0:
         print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
     return 0

@@ -6,25 +6,31 @@ import json
 from pathlib import Path
 
 import datasets
+from accelerate import PartialState
 from test_trainer import SOFTENING, arguments, collator
 from transformers import AutoTokenizer
 
 from kd_helpers import DistillationTrainer
 from kd_helpers.models import load_saved
 
+
+def train(way: str, texts: datasets.Dataset) -> None:
+    """Train with the teacher's answers, or with the teacher."""
+    trainer = DistillationTrainer(
+        load_saved(Path("student")),
+        arguments(Path(way), per_device_train_batch_size=16),
+        teacher_model=load_saved(Path("teacher")) if way == "online" else None,
+        train_dataset=texts if way == "cached" else texts.remove_columns("teacher_logits"),
+        data_collator=collator(AutoTokenizer.from_pretrained("student")),
+        **SOFTENING,
+    )
+    trainer.train()
+    trainer.save_model(way)
+    if trainer.is_world_process_zero():
+        Path(f"{way}.json").write_text(json.dumps(trainer.state.log_history))
+
+
 if __name__ == "__main__":
-    texts = datasets.load_from_disk("texts")
     for way in ("cached", "online"):
-        trainer = DistillationTrainer(
-            load_saved(Path("student")),
-            arguments(Path(way), per_device_train_batch_size=16),
-            teacher_model=load_saved(Path("teacher")) if way == "online" else None,
-            train_dataset=texts if way == "cached" else texts.remove_columns("teacher_logits"),
-            data_collator=collator(AutoTokenizer.from_pretrained("student")),
-            **SOFTENING,
-        )
-        trainer.train()
-        trainer.save_model(way)
-        if trainer.is_world_process_zero():
-            Path(f"{way}.json").write_text(json.dumps(trainer.state.log_history))
-    trainer.accelerator.end_training()
+        train(way, datasets.load_from_disk("texts"))
+    PartialState().destroy_process_group()
