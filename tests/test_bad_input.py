@@ -556,8 +556,8 @@ TRAINING = [
         "training that diverges",
         a_student_with_bad_weights,
         training.DivergedError,
-        "training diverged at step 1 (total nan, soft 0, hard nan, gradient norm nan): lower learning_rate, or set "
-        "precision='float32'.",
+        "training diverged at step 1 (total nan, soft 0, hard nan, gradient norm nan): lower the learning "
+        "rate, or train in float32.",
     ),
     Case(
         "too little memory",

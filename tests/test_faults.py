@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tokenized, toke
 
 
 def test_a_learning_rate_that_is_far_too_high_is_a_divergence(own_artifacts, config, data):
-    with pytest.raises(DivergedError, match="lower learning_rate"):
+    with pytest.raises(DivergedError, match="lower the learning rate"):
         distill(config.replace(learning_rate=1e30, alpha=0.0), data=data)
 
 
