@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run site test coverage test-longer test-browser lint format notebooks results sweep benchmark publish lab clean
+.PHONY: help run site test coverage test-longer test-browser lint format notebooks results sweep study benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 	$(BIN)/python -m kd_helpers.sweep notebooks/05_distill_and_evaluate.ipynb --out artifacts/sweeps/temperature_and_alpha \
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
 	$(BIN)/python -m kd_helpers.course sweep
+
+study: $(READY) ## make the study of notebook 10 again: 29 arms, 5 seeds, about ten minutes; resumes where it stopped
+	$(BIN)/python -m kd_helpers.studies dark_knowledge
 
 benchmark: $(READY) ## time the loop against the usual ways, about a quarter of an hour on an idle machine
 	$(BIN)/python -m kd_helpers.benchmark --compile --out kd_helpers/results

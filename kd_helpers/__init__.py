@@ -10,6 +10,7 @@
 | `teacher_logits`, `lean`, `checkpoints`, `training` | 05: the loop |
 | `comparison` | 06: did it help? |
 | `sweep` | 07: which temperature, which alpha? |
+| `dark_knowledge`, `studies` | 10: what a teacher knows beside the label |
 | `trainer`, `train`, `shards` | 16: many devices, many texts |
 
 `artifacts`, `hub`, `plots`, `explorers`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The

@@ -1,0 +1,396 @@
+"""Chapter 10: dark knowledge, Hinton's experiments on pictures of digits.
+
+A large teacher with dropout, a weight constraint and jitter; a student without any of them; and transfer sets that lack
+a digit, or all digits but two. From Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015,
+arXiv 1503.02531), section 3. Shapes: N pictures of side × side pixels, K teachers, 10 classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import sklearn.datasets
+import torch
+import torch.nn.functional as F
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from kd_helpers import artifacts
+from kd_helpers.config import require_temperature
+from kd_helpers.losses import distillation_loss
+from kd_helpers.optim import make_optimizer, make_scheduler
+from kd_helpers.studies import run_study
+from kd_helpers.training import classification_metrics
+
+SOURCES = ("sklearn", "mnist")
+CLASSES = 10
+LEARNING_RATE = 3e-3
+# What regularises the teacher: dropout, the longest weight vector into a hidden unit, and how far pictures move, as a
+# share of their side: two of MNIST's 28 pixels (1503.02531, section 3).
+DROPOUT, MAX_NORM, JITTER = 0.5, 1.0, 2 / 28
+
+
+class Digits(NamedTuple):
+    """Pictures `[N, side²]`, float32 in [0, 1], and labels `[N]`, int64 from 0 to 9."""
+
+    pictures: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def side(self) -> int:
+        """Pixels along one edge of a picture."""
+        return round(self.pictures.shape[1] ** 0.5)
+
+    def where(self, keep: torch.Tensor) -> Digits:
+        """The digits that a mask `[N]` or a list of positions keeps."""
+        return Digits(self.pictures[keep], self.labels[keep])
+
+
+class DigitSplits(NamedTuple):
+    """Training, validation and test digits; no picture stands in two of them."""
+
+    train: Digits
+    validation: Digits
+    test: Digits
+
+
+def load_digits(source: str = "sklearn") -> DigitSplits:
+    """Digits in three splits with the classes in equal shares, the same on every machine.
+
+    Args:
+        source: "sklearn", the 1,797 pictures of 8 × 8 that come with scikit-learn (a third for test, a sixth for
+            validation), or "mnist", 70,000 of 28 × 28 from openml.org (MNIST's own 10,000 for test, 10,000 for
+            validation). These are kept under `artifacts/`.
+
+    Raises:
+        ValueError: another source.
+        ConnectionError: openml.org can't be reached and nothing is kept yet.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"digits is {source!r}; choose one of {', '.join(SOURCES)}.")
+    if source == "sklearn":
+        pictures, labels = sklearn.datasets.load_digits(return_X_y=True)
+        rest, test = train_test_split(np.arange(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
+        scale, validation_size = 16, len(labels) // 6
+    else:
+        pictures, labels = _fetch_mnist()
+        rest, test = np.arange(60_000), np.arange(60_000, 70_000)
+        scale, validation_size = 255, 10_000
+    train, validation = train_test_split(rest, test_size=validation_size, stratify=labels[rest], random_state=0)
+    pictures = torch.from_numpy(pictures.astype(np.float32) / scale)
+    every = Digits(pictures, torch.from_numpy(labels.astype(np.int64)))
+    return DigitSplits(*(every.where(torch.from_numpy(part)) for part in (train, validation, test)))
+
+
+def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
+    kept = artifacts.artifacts_dir() / "openml"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A network error occurred")  # said below, once
+            return sklearn.datasets.fetch_openml(
+                "mnist_784", version=1, as_frame=False, return_X_y=True, data_home=kept, n_retries=1
+            )
+    except OSError as error:  # urllib's errors are such
+        raise ConnectionError(
+            "digits='mnist' needs openml.org, which can't be reached; run once where there is a network, "
+            "or use digits='sklearn'."
+        ) from error
+
+
+def digit_net(side: int, units: int, *, seed: int, dropout: float = 0.0) -> nn.Sequential:
+    """Two hidden layers of `units` rectified units over side² pixels, 10 logits; the seed draws the weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(side**2, units),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units, units),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(units, CLASSES),
+        )
+
+
+def jitter(pictures: torch.Tensor, pixels: float) -> torch.Tensor:
+    """Move each picture `[N, side²]` at random by up to `pixels` in both directions; what is left free becomes 0.
+
+    Parts of a pixel are interpolated, so that pictures of 8 × 8 can be moved by as little as MNIST's 28 × 28.
+    """
+    side = round(pictures.shape[1] ** 0.5)
+    shape = (len(pictures), 1, side, side)
+    moves = torch.eye(2, 3).repeat(len(pictures), 1, 1)  # affine maps of the square from -1 to 1 onto itself
+    moves[:, :, 2] = (2 * torch.rand(len(pictures), 2) - 1) * pixels * 2 / side
+    grid = F.affine_grid(moves, shape, align_corners=False)
+    return F.grid_sample(pictures.view(shape), grid, align_corners=False).flatten(start_dim=1)
+
+
+def constrain(net: nn.Sequential, max_norm: float) -> None:
+    """Shrink, in place, the incoming weights of every hidden unit to a length of at most `max_norm`."""
+    hidden = [layer for layer in net if isinstance(layer, nn.Linear)][:-1]
+    with torch.no_grad():
+        for layer in hidden:
+            layer.weight.renorm_(p=2, dim=0, maxnorm=max_norm)
+
+
+def batches(n: int, *, steps: int, batch_size: int = 100, seed: int) -> Iterator[torch.Tensor]:
+    """`steps` batches of positions in 0 … n − 1: epoch after epoch, each in an order that the seed draws."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = (torch.randperm(n, generator=generator).split(batch_size) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), steps)
+
+
+def train_net(
+    net: nn.Sequential,
+    digits: Digits,
+    teacher_logits: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 0.0,
+    steps: int,
+    seed: int,
+    jitter_by: float = 0.0,
+    max_norm: float | None = None,
+    stop_on: Digits | None = None,
+) -> nn.Sequential:
+    """Train a net in place, on labels (alpha 0), on soft targets (alpha 1) or on both; AdamW, falling learning rate.
+
+    Args:
+        net: see `digit_net`.
+        digits: its pictures are the transfer set.
+        teacher_logits: `[N, 10]`, one row a picture of `digits`; None when alpha is 0.
+        temperature: T of the soft loss.
+        alpha: weight of the soft loss.
+        steps: batches of 100.
+        seed: of the batches, of dropout and of the jitter. Students of one seed see the same batches.
+        jitter_by: pixels, see `jitter`.
+        max_norm: see `constrain`; None leaves the weights alone.
+        stop_on: digits on which every tenth step is measured; the net ends as it was when most of them were right
+            (early stopping).
+
+    Returns:
+        The net, in evaluation mode.
+    """
+    optimizer = make_optimizer(net, learning_rate=LEARNING_RATE, weight_decay=0.0)
+    scheduler = make_scheduler(optimizer, steps=steps)
+    most_right, best = -1, None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for step, batch in enumerate(batches(len(digits.labels), steps=steps, seed=seed), start=1):
+            net.train()
+            pictures = jitter(digits.pictures[batch], jitter_by) if jitter_by else digits.pictures[batch]
+            answers = None if teacher_logits is None else teacher_logits[batch]
+            loss = distillation_loss(
+                net(pictures), answers, digits.labels[batch], temperature=temperature, alpha=alpha
+            ).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            if max_norm is not None:
+                constrain(net, max_norm)
+            if stop_on is not None and step % 10 == 0:
+                right = int((logits_of(net, stop_on.pictures).argmax(dim=-1) == stop_on.labels).sum())
+                if right > most_right:
+                    most_right, best = right, copy.deepcopy(net.state_dict())
+    if best is not None:
+        net.load_state_dict(best)
+    return net.eval()
+
+
+def train_teacher(digits: Digits, *, units: int, steps: int, seed: int) -> nn.Sequential:
+    """A net trained on labels with dropout, a weight constraint and jitter."""
+    net = digit_net(digits.side, units, seed=seed, dropout=DROPOUT)
+    return train_net(net, digits, steps=steps, seed=seed, jitter_by=JITTER * digits.side, max_norm=MAX_NORM)
+
+
+def logits_of(net: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    """A net's logits `[N, 10]`, dropout off."""
+    net.eval()
+    with torch.inference_mode():
+        return torch.cat([net(part) for part in pictures.split(2000)]).clone()
+
+
+def ensemble_logits(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits `[N, 10]` whose soft targets at T are the mean of those of K teachers, whose logits are `[K, N, 10]`.
+
+    They are T · log(mean of softmax(z / T)): an average of probabilities, not of logits.
+    """
+    require_temperature(temperature)
+    log_probabilities = F.log_softmax(logits.float() / temperature, dim=-1)
+    return temperature * (log_probabilities.logsumexp(dim=0) - np.log(len(logits)))
+
+
+def shift_classes(logits: torch.Tensor, classes: Sequence[int], by: float) -> torch.Tensor:
+    """Logits `[N, 10]` as they are after adding `by` to the biases of these classes."""
+    shifted = logits.clone()
+    shifted[:, list(classes)] += by
+    return shifted
+
+
+def choose_shift(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[int], shifts: Sequence[float]) -> float:
+    """The shift of these classes' biases with the fewest errors, the smallest of several; give it validation digits.
+
+    Args:
+        logits: `[N, 10]`.
+        labels: `[N]`.
+        classes: whose biases move together.
+        shifts: what to choose from.
+    """
+
+    def errors(by: float) -> int:
+        return int((shift_classes(logits, classes, by).argmax(dim=-1) != labels).sum())
+
+    return min(shifts, key=lambda by: (errors(by), abs(by)))
+
+
+def few_positions(n: int, share: float, *, seed: int) -> torch.Tensor:
+    """Positions of a share of n digits, drawn by the seed.
+
+    Raises:
+        ValueError: the share is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of digits is {share}; give a number above 0 and at most 1.")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[: max(1, round(share * n))]
+
+
+def train_student(
+    digits: Digits,
+    teacher_logits: torch.Tensor | None,
+    *,
+    temperature: float,
+    units: int,
+    steps: int,
+    seed: int,
+    stop_on: Digits | None = None,
+) -> nn.Sequential:
+    """A net trained without any regularisation on soft targets alone, or on labels where `teacher_logits` is None."""
+    net = digit_net(digits.side, units, seed=seed)
+    alpha = 0.0 if teacher_logits is None else 1.0
+    return train_net(
+        net, digits, teacher_logits, temperature=temperature, alpha=alpha, steps=steps, seed=seed, stop_on=stop_on
+    )
+
+
+SEEDS = (0, 1, 2, 3, 4)
+SHIFTS = [quarter / 4 for quarter in range(-60, 61)]  # of biases, to choose from
+# What the stored study is made of. Students of 30 units get more steps: they are cheap, and slow to learn.
+STUDY: dict[str, Any] = {
+    "digits": "sklearn",
+    "learning_rate": LEARNING_RATE,
+    "dropout": DROPOUT,
+    "max_norm": MAX_NORM,
+    "jitter": JITTER,
+    "teacher_units": 1200,
+    "teachers": 10,
+    "temperature": 8.0,
+    "temperatures": [1.0, 2.0, 3.0, 4.0, 8.0, 12.0, 20.0, 40.0],
+    "steps": {"teacher": 400, "800": 400, "30": 1500},
+    "few": 0.05,
+}
+
+
+def study() -> dict[str, Any]:
+    """Every experiment of the chapter with every seed, which draws the teachers, the student and the batches.
+
+    Arms of students on all digits, and the teachers, have `accuracy` and `nll` on test and `validation`, the accuracy
+    there. The arms with few digits have `train`, the accuracy on those, too. For those without some digits see
+    `unseen_measures`.
+    """
+    splits = load_digits(STUDY["digits"])
+    train, temperature, steps = splits.train, STUDY["temperature"], STUDY["steps"]
+
+    @functools.cache
+    def teacher_logits(seed: int, member: int = 0) -> list[torch.Tensor]:
+        """Of one teacher, on training, validation and test digits."""
+        units, own_seed = STUDY["teacher_units"], seed + 1000 * member
+        net = train_teacher(train, units=units, steps=steps["teacher"], seed=own_seed)
+        return [logits_of(net, part.pictures) for part in splits]
+
+    def together(seed: int, temperature: float) -> list[torch.Tensor]:
+        members = [teacher_logits(seed, member) for member in range(STUDY["teachers"])]
+        return [ensemble_logits(torch.stack(logits), temperature) for logits in zip(*members, strict=True)]
+
+    def measures(logits: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Of logits on validation and on test."""
+        validation, test = (classification_metrics(z, part.labels) for z, part in zip(logits, splits[1:], strict=True))
+        return {"accuracy": test["accuracy"], "nll": test["nll"], "validation": validation["accuracy"]}
+
+    def whole(seed: int, units: int, at: float | None, ensemble: bool = False) -> dict[str, float]:
+        """A student on all training digits: on soft targets at a temperature, or on labels where that is None."""
+        logits = None if at is None else together(seed, at)[0] if ensemble else teacher_logits(seed)[0]
+        options = {"units": units, "steps": steps[str(units)], "seed": seed}
+        net = train_student(train, logits, temperature=at or 1.0, **options)
+        return measures([logits_of(net, part.pictures) for part in splits[1:]])
+
+    def without(seed: int, seen: Sequence[int], moved: Sequence[int], at: float | None) -> dict[str, float]:
+        """A student that sees some digits only (their labels where `at` is None); then some biases are shifted."""
+        keep = torch.isin(train.labels, torch.tensor(seen))
+        logits = None if at is None else teacher_logits(seed)[0][keep]
+        options = {"units": 800, "steps": steps["800"], "seed": seed}
+        net = train_student(train.where(keep), logits, temperature=at or 1.0, **options)
+        return unseen_measures(net, splits, seen, moved)
+
+    def few(seed: int, *, soft: bool, stop: bool = False) -> dict[str, float]:
+        """A student on a small share of the training digits."""
+        kept = few_positions(len(train.labels), STUDY["few"], seed=seed)
+        options = {"units": 800, "steps": steps["800"], "seed": seed}
+        logits = teacher_logits(seed)[0][kept] if soft else None
+        stop_on = splits.validation if stop else None
+        net = train_student(train.where(kept), logits, temperature=temperature, stop_on=stop_on, **options)
+        fitted = classification_metrics(logits_of(net, train.pictures[kept]), train.labels[kept])["accuracy"]
+        return {**measures([logits_of(net, part.pictures) for part in splits[1:]]), "train": fitted}
+
+    no_three = [digit for digit in range(CLASSES) if digit != 3]
+    arms: dict[str, Any] = {
+        "teacher": lambda seed: measures(teacher_logits(seed)[1:]),
+        "ensemble": lambda seed: measures(together(seed, 1.0)[1:]),
+        "student of the ensemble": lambda seed: whole(seed, 800, temperature, ensemble=True),
+        "no 3: labels": lambda seed: without(seed, no_three, [3], None),
+        "no 3: soft targets, T = 1": lambda seed: without(seed, no_three, [3], 1.0),
+        "no 3: soft targets": lambda seed: without(seed, no_three, [3], temperature),
+        "only 7 and 8: labels": lambda seed: without(seed, [7, 8], [7, 8], None),
+        "only 7 and 8: soft targets": lambda seed: without(seed, [7, 8], [7, 8], temperature),
+        "few: labels": lambda seed: few(seed, soft=False),
+        "few: labels, stopped early": lambda seed: few(seed, soft=False, stop=True),
+        "few: soft targets": lambda seed: few(seed, soft=True),
+    }
+    for units in (30, 800):
+        for at in (None, *STUDY["temperatures"]):
+            name = f"{units} units: " + ("labels" if at is None else f"T = {at:g}")
+            arms[name] = functools.partial(lambda seed, units, at: whole(seed, units, at), units=units, at=at)
+    return run_study("dark_knowledge", arms, SEEDS, choices=STUDY)
+
+
+def unseen_measures(net: nn.Module, splits: DigitSplits, seen: Sequence[int], moved: Sequence[int]) -> dict[str, float]:
+    """What a student knows of digits that it never saw, before and after moving some biases.
+
+    Args:
+        net: the student.
+        splits: the shift is chosen on validation, where the unseen digits have labels.
+        seen: the digits of its transfer set.
+        moved: the classes whose biases are shifted together.
+
+    Returns:
+        `shift`; and on test, `…_before` and `…_after` it, `unseen` (how many of the digits never seen are right),
+        `others` (the same of the digits that were seen) and `errors`.
+    """
+    validation = logits_of(net, splits.validation.pictures)
+    shift = choose_shift(validation, splits.validation.labels, moved, SHIFTS)
+    logits, labels = logits_of(net, splits.test.pictures), splits.test.labels
+    known = torch.isin(labels, torch.tensor(seen))
+    found: dict[str, float] = {"shift": shift}
+    for when, by in (("before", 0.0), ("after", shift)):
+        right = shift_classes(logits, moved, by).argmax(dim=-1) == labels
+        found[f"unseen_{when}"] = int((right & ~known).sum())
+        found[f"others_{when}"] = int((right & known).sum())
+        found[f"errors_{when}"] = int((~right).sum())
+    return found
