@@ -24,6 +24,7 @@ from typing import Any
 import filelock
 
 MANIFEST = "manifest.json"
+MADE_OF = "made_of.json"
 RESULTS = Path(__file__).resolve().parent / "results"  # long results that come with the package, with what made them
 
 _FREE = "free some space, then run again: what was finished before is kept"
@@ -148,7 +149,7 @@ def require_same(folder: Path, made_of: dict[str, Any]) -> None:
     Raises:
         ValueError: the folder was begun with something else, which is named.
     """
-    note = folder / "made_of.json"
+    note = folder / MADE_OF
     with locked(folder / "made_of"):
         if not note.exists():
             save_json(note, made_of)

@@ -7,6 +7,7 @@ the shard in hand. The files are read back as a stream that the Trainer takes.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -40,8 +40,9 @@ def answer_shards(
 ) -> None:
     """Ask the teacher about every text of a stream, shard by shard; shards that are done are left alone.
 
-    Under `accelerate launch` or `torchrun` process p of P takes the shards p, p + P, …, and waits at the end for the
-    others. A stream is known only once it is read: that the texts are those of the last time is for you to see to.
+    Under `accelerate launch` or `torchrun` process p of P takes the shards p, p + P, … and returns when they are done;
+    `missing_shards` tells about all. A stream is known only once it is read: that the texts are those of the last time
+    is for you to see to.
 
     Args:
         teacher: a frozen classifier.
@@ -60,7 +61,9 @@ def answer_shards(
     """
     if "text" not in (texts.column_names or ["text"]):
         raise ValueError(f"the texts have the columns {', '.join(texts.column_names)}; rename the right one to 'text'.")
-    folder, state = Path(folder), PartialState()
+    folder = Path(folder)
+    # What a launcher tells each of its processes; they need not talk to each other here.
+    process, processes = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     made_of = {
         "teacher": weights_digest(teacher),
         "vocabulary": artifacts.fingerprint(tokenizer.get_vocab()),
@@ -69,7 +72,7 @@ def answer_shards(
         "shards": texts.num_shards,
     }
     artifacts.require_same(folder, made_of)
-    mine = range(state.process_index, texts.num_shards, state.num_processes)
+    mine = range(process, texts.num_shards, processes)
     for index in tqdm(mine, desc="Asking the teacher", unit="shard", leave=False):
         shard = texts.shard(num_shards=texts.num_shards, index=index)
 
@@ -83,7 +86,6 @@ def answer_shards(
                 writer.close()
 
         artifacts.get_or_build(folder / f"{index:06d}", answer)
-    state.wait_for_everyone()
 
 
 def _answered(
@@ -92,7 +94,8 @@ def _answered(
     """The columns of some texts, with the answers, in the order of the texts."""
     count = len(rows["text"])
     encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
-    columns = {**encoded, "label": rows.get("label", [IGNORE_INDEX] * count)}
+    labels = [IGNORE_INDEX if label is None else label for label in rows.get("label", [None] * count)]
+    columns = {**encoded, "label": labels}
     lengths = [len(tokens) for tokens in encoded["input_ids"]]
     numbered = datasets.Dataset.from_dict({**columns, "id": range(count), "length": lengths})
     answers: np.ndarray | None = None

@@ -18,17 +18,20 @@ import json
 import re
 import sys
 import typing
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
+from accelerate.utils import broadcast_object_list
 from transformers import DataCollatorWithPadding, HfArgumentParser, TrainingArguments
 
 from kd_helpers import __version__, artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import PAD_TO_MULTIPLE_OF, load_splits, require_disjoint, tokenize
-from kd_helpers.models import load_student, load_tokenizers, warn_if_swapped
+from kd_helpers.models import checkpoint_version, load_student, load_tokenizers, warn_if_swapped
 from kd_helpers.teacher_logits import attach
 from kd_helpers.trainer import DistillationTrainer
 from kd_helpers.training import DivergedError, dataset_digest, fine_tuned_teacher, teacher_answers, warn_of_guessing
@@ -53,12 +56,23 @@ THAT_MATTER = (
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "data_seed",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
-    "fp16",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "neftune_noise_alpha",
+    "mixed_precision",
     "world_size",
 )
+# Texts and machine may move: what is in the files is noted, not where they are.
+THAT_MOVE = ("data", "validation_data", "test_data", "device")
 
 
 @dataclasses.dataclass
@@ -113,7 +127,7 @@ def configuration(choices: Any, args: TrainingArguments) -> DistillConfig:
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         batch_size=args.train_batch_size,
-        precision="bfloat16" if args.bf16 else "float32",
+        precision="bfloat16" if args.mixed_precision == "bf16" else "float32",  # accelerate's launcher may ask for it
         device=args.device.type,
         seed=args.seed,
     )
@@ -138,13 +152,23 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         for split in ("student_train", "validation", "test")
     }
     out = Path(args.output_dir)
-    matter = {name: str(getattr(args, name)) for name in THAT_MATTER} | {"texts": dataset_digest(data.student_train)}
-    artifacts.require_same(out, {"package": __version__, **config.to_dict(), **matter, "online": choices.online})
+    made_of = {
+        "package": __version__,
+        **{name: value for name, value in config.to_dict().items() if name not in THAT_MOVE},
+        **{name: str(getattr(args, name)) for name in THAT_MATTER},
+        "online": choices.online,
+        "checkpoints": [checkpoint_version(name) for name in (config.teacher_source, config.student_source) if name],
+        "texts": [dataset_digest(part) for part in (data.student_train, data.validation, data.test)],
+    }
+    with args.main_process_first(local=False, desc="the folder"):
+        if args.process_index == 0 and not any((*out.glob("checkpoint-*"), *out.glob("student"))):
+            (out / artifacts.MADE_OF).unlink(missing_ok=True)  # of an attempt that came to nothing
+        artifacts.require_same(out, made_of)
     teacher = None
     if config.alpha > 0:
         warn_if_swapped(config)
         asked, labelled = ("validation", data.validation) if choices.online else ("student_train", data.train)
-        with args.main_process_first(desc="the teacher and its answers"):  # it makes them, the others find them
+        with args.main_process_first(local=False, desc="the teacher and its answers"):  # the others find them
             answers = teacher_answers(config, data, asked)
         warn_of_guessing(answers, labelled)
         if choices.online:
@@ -162,8 +186,10 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         processing_class=tokenizers.student,
         data_collator=DataCollatorWithPadding(tokenizers.student, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(out, processes=args.world_size))
+    (checkpoint,) = broadcast_object_list([last_whole_checkpoint(out, processes=args.world_size)])
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(out / "student"))
+    (out / "student" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody who uses the student needs
     trainer.save_state()
     metrics = trainer.evaluate(texts["test"], metric_key_prefix="test")
     trainer.save_metrics("test", metrics)
@@ -173,7 +199,8 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
 def last_whole_checkpoint(folder: Path, *, processes: int) -> str | None:
     """The Trainer's newest checkpoint that was written to its end; the Trainer itself would take one that was not.
 
-    Its state comes last from the first process, the state of the random generators last from the others.
+    Its state comes last from the first process, the state of the random generators last from the others. One that is
+    passed over is reported.
     """
     named = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
     numbered = {int(match[1]): path for path, match in named.items() if match}
@@ -183,9 +210,21 @@ def last_whole_checkpoint(folder: Path, *, processes: int) -> str | None:
         with contextlib.suppress(OSError, ValueError):
             json.loads((checkpoint / "trainer_state.json").read_bytes())
             # A file that torch saves is a zip archive, whose table of contents comes last.
-            if len(random_states) == processes and all(map(zipfile.is_zipfile, archives)):
+            if len(random_states) == processes and all(map(zipfile.is_zipfile, archives)) and _have_weights(checkpoint):
                 return str(checkpoint)
+        warnings.warn(f"the checkpoint {checkpoint} is not whole; an earlier one is taken.", stacklevel=2)
     return None
+
+
+def _have_weights(checkpoint: Path) -> bool:
+    """Whether the files of its weights are as long as they say."""
+    try:
+        for path in checkpoint.glob("*.safetensors"):
+            with safetensors.safe_open(path, "pt"):
+                pass
+    except safetensors.SafetensorError:
+        return False
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

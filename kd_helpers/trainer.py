@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -29,7 +30,8 @@ class DistillationTrainer(Trainer):
     The loss of an optimiser step is `losses.distillation_loss` of all its texts, however they are spread over
     processes and accumulated batches: the soft loss is their mean over all texts, the hard loss over those that have a
     label. Beside the Trainer's `loss` it logs `soft_loss`, `hard_loss` and `fidelity` (the share of texts on which
-    student and teacher name the same class), in evaluation with the prefix `eval_`.
+    student and teacher name the same class), in evaluation with the prefix `eval_`. A stream is read in its own order,
+    and what does not fill its last step is left out.
 
     Args:
         model: the student.
@@ -44,8 +46,8 @@ class DistillationTrainer(Trainer):
     Texts to evaluate need no teacher's answers: `eval_loss` is the hard loss where there are none.
 
     Raises:
-        ValueError: there is no teacher where one is needed or two where there should be one, label smoothing is on, or
-            the teacher does not fit the student.
+        ValueError: there is no teacher where one is needed or two where there should be one, the texts have no labels,
+            label smoothing is on, or the teacher does not fit the student.
     """
 
     def __init__(
@@ -66,7 +68,11 @@ class DistillationTrainer(Trainer):
                 "place (a uniform teacher at T = 1 is label smoothing)."
             )
         require_teacher_and_student(teacher_model, model)
-        _require_one_teacher(teacher_model, alpha, options.get("train_dataset"))
+        texts = options.get("train_dataset")
+        _require_labels_and_one_teacher(teacher_model, alpha, texts)
+        if isinstance(texts, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            # The first process would read for all of them, and could not put batches of different lengths together.
+            args.accelerator_config.dispatch_batches = False
         self.temperature, self.alpha = temperature, alpha
         self.student_inputs = accepted_inputs(type(model))
         self.teacher_inputs = frozenset() if teacher_model is None else accepted_inputs(type(teacher_model))
@@ -95,8 +101,11 @@ class DistillationTrainer(Trainer):
         here = _texts_and_labels(labels)
         if model.training:
             self._require_finite(loss)
-        self._count(model.training, loss, here, outputs.logits, teacher_logits)
-        total = self._share(loss, here, num_items_in_batch) if model.training else loss.total
+            total = self._share(loss, here, num_items_in_batch)
+            self._count(True, loss, here, outputs.logits, teacher_logits)
+        else:
+            total = loss.total
+            self._count_evaluated(outputs.logits, teacher_logits, labels)
         return (total, outputs) if return_outputs else total
 
     def _teacher_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -118,11 +127,26 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-        """The batches of an optimiser step, and how many texts and labels they have in all processes, `[2]`."""
+        """The batches of an optimiser step, and how many texts and labels they have in all processes, `[2]`.
+
+        A stream that ends within a step gives none: the Trainer would add its gradient to the next epoch's first step.
+        """
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        labels = [batch["labels"] for batch in batches]
-        counts = _texts_and_labels(torch.cat(labels) if labels else torch.empty(0)).to(device)
+        if len(batches) < num_batches:
+            return [], None
+        counts = _texts_and_labels(torch.cat([batch["labels"] for batch in batches])).to(device)
         return batches, self.accelerator.reduce(counts, "sum")
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """As the Trainer's. In float16 its scaler looks for such gradients, and passes over the step.
+
+        Raises:
+            DivergedError: the gradient is not finite. The step is not made.
+        """
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+            raise DivergedError(self.state.global_step + 1, {"gradient norm": float(norm)})
+        return norm
 
     def _require_finite(self, loss: DistillationLoss) -> None:
         # The Trainer's own filter of NaN waits for a GPU once a batch, too.
@@ -137,13 +161,26 @@ class DistillationTrainer(Trainer):
             self._signature_columns += [ANSWERS, *sorted(self.teacher_inputs - set(self._signature_columns))]
 
     def _place(self, teacher: PreTrainedModel) -> nn.Module:
+        known = len(self.accelerator._models)
         if not self.is_fsdp_enabled:
-            return self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        if self.accelerator.is_fsdp2:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # earlier versions have no FSDP2
+            placed = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        elif self.accelerator.is_fsdp2:
+            placed = self._shard(teacher)
+        else:
+            placed = self.accelerator.prepare_model(teacher)
+        # Where accelerate knows of a model the Trainer takes it for its own, and leaves the student unprepared.
+        del self.accelerator._models[known:]
+        return placed
 
-            return fsdp2_prepare_model(self.accelerator, teacher)
-        return self.accelerator.prepare_model(teacher)
+    def _shard(self, teacher: PreTrainedModel) -> nn.Module:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # earlier versions have no FSDP2
+
+        # The plugin notes which layers the first model has, and would look for them in the student.
+        plugin = self.accelerator.state.fsdp_plugin
+        layers, policy = plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy
+        sharded = fsdp2_prepare_model(self.accelerator, teacher)
+        plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = layers, policy
+        return sharded
 
     # What is logged
 
@@ -164,6 +201,21 @@ class DistillationTrainer(Trainer):
         sums = (answered * loss.soft, labelled * loss.hard, agreed, answered, labelled)
         self.sums[training] += torch.stack([value.detach().float() for value in sums])
 
+    def _count_evaluated(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor
+    ) -> None:
+        """Count what is evaluated, without the texts that are repeated so that all processes have as many."""
+        rows, loader = len(labels), self.accelerator.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:
+            rows = min(rows, max(0, loader.remainder - self.args.process_index * rows))
+        if rows == 0:
+            return
+        student_logits, labels = student_logits[:rows], labels[:rows]
+        teacher_logits = None if teacher_logits is None else teacher_logits[:rows]
+        alpha = 0.0 if teacher_logits is None else self.alpha
+        loss = distillation_loss(student_logits, teacher_logits, labels, temperature=self.temperature, alpha=alpha)
+        self._count(False, loss, _texts_and_labels(labels), student_logits, teacher_logits)
+
     def _no_sums(self) -> torch.Tensor:
         return torch.zeros(5, device=self.args.device)
 
@@ -182,6 +234,9 @@ class DistillationTrainer(Trainer):
                 logs |= {f"{prefix}soft_loss": soft / answered, f"{prefix}fidelity": agreed / answered}
             if labelled:
                 logs |= {f"{prefix}hard_loss": hard / labelled}
+            if not training:  # the Trainer's own is a mean over batches, repeated texts included
+                alpha = self.alpha if answered else 0.0
+                logs[name] = alpha * soft / max(answered, 1) + (1 - alpha) * hard / max(labelled, 1)
         super().log(logs, start_time)
 
 
@@ -191,10 +246,15 @@ def _texts_and_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.ones_like(labelled), labelled]).sum(dim=-1)
 
 
-def _require_one_teacher(teacher_model: nn.Module | None, alpha: float, train_dataset: Any) -> None:
+def _require_labels_and_one_teacher(teacher_model: nn.Module | None, alpha: float, train_dataset: Any) -> None:
     columns = getattr(train_dataset, "column_names", None)  # a stream may not know its own
     if not columns:
         return
+    if not {"label", "labels", "label_ids"} & set(columns):
+        raise ValueError(
+            f"train_dataset has the columns {', '.join(columns)}; add a column 'label', with {IGNORE_INDEX} for texts "
+            "that have none."
+        )
     if teacher_model is not None and ANSWERS in columns:
         raise ValueError(
             f"there is a teacher_model, and train_dataset has a column {ANSWERS!r}; drop one of them, so that it is "

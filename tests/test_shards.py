@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -100,17 +101,30 @@ def test_a_stream_without_texts_is_refused(tmp_path, teacher, raw, tokenizer):
         answer_shards(teacher, reviews, tokenizer, tmp_path, max_length=24)
 
 
+def test_a_text_without_a_label_is_marked(tmp_path, teacher, raw, tokenizer):
+    """Also where a whole shard has none."""
+    texts = datasets.Dataset.from_dict({"text": raw["text"][:8], "label": [None] * 5 + [1, 0, 1]})
+    answer_shards(teacher, texts.to_iterable_dataset(num_shards=2), tokenizer, tmp_path, max_length=24)
+    assert [row["label"] for row in read_shards(tmp_path)] == [-100] * 5 + [1, 0, 1]
+
+
 SCRIPT = """
-import sys
+import json, os
 from pathlib import Path
-import datasets, torch
+import datasets
 from transformers import AutoTokenizer
+from kd_helpers import artifacts
 from kd_helpers.models import freeze, load_saved
 from kd_helpers.shards import answer_shards
-torch.distributed.init_process_group("gloo")
 texts = datasets.load_from_disk("texts").to_iterable_dataset(num_shards=5)
 tokenizer = AutoTokenizer.from_pretrained("teacher")
+made, get_or_build = [], artifacts.get_or_build
+def noted(folder, build):
+    if not get_or_build(folder, build):
+        made.append(int(folder.name))
+artifacts.get_or_build = noted
 answer_shards(freeze(load_saved(Path("teacher"))), texts, tokenizer, "two", max_length=24)
+Path(os.environ["RANK"] + ".json").write_text(json.dumps(made))
 """
 
 
@@ -119,8 +133,9 @@ def test_processes_share_the_shards_out(tmp_path, teacher, raw, tokenizer):
     save_model(tmp_path / "teacher", teacher, tokenizer)
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, *TWO, free_port(), "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
     answer_shards(teacher, stream(raw, 5), tokenizer, tmp_path / "one", max_length=24)
     assert missing_shards(tmp_path / "two") == []
     for index in range(5):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import tiny_bert, tiny_distilbert
@@ -119,13 +119,23 @@ def test_it_is_the_loop(tmp_path, answered, tokenizer):
 @pytest.mark.parametrize("batch_size", [8, 16, 24])
 def test_accumulated_batches_are_one_batch(tmp_path, answered, tokenizer, batch_size):
     """Also where they differ in how many labels they have, and where the last ones are fewer."""
-    texts = answered.select(range(96))
+    texts = answered.select(range(90))
     whole = trained(tmp_path, texts, tokenizer, per_device_train_batch_size=48)
     split = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 48 // batch_size}
     parts = trained(tmp_path, texts, tokenizer, **split)
     for name in ("loss", "soft_loss", "hard_loss", "fidelity"):
         assert_close(torch.tensor(logged(parts, name)), torch.tensor(logged(whole, name)), rtol=1e-5, atol=1e-5)
     same_weights(parts.model, whole.model)
+
+
+def test_a_stream_leaves_out_what_does_not_fill_a_step(tmp_path, answered, tokenizer):
+    """Its gradient would else be added to that of the next epoch's first step."""
+    texts = answered.select(range(48)).to_iterable_dataset()
+    split = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+    stream = trained(tmp_path, texts, tokenizer, max_steps=3, learning_rate=1e-12, **split)
+    whole = trained(tmp_path, answered.select(range(32)), tokenizer, learning_rate=1e-12, **split)
+    for name in ("loss", "grad_norm"):
+        assert logged(stream, name) == pytest.approx(logged(whole, name) * 3, abs=1e-5), name
 
 
 def test_online_and_cached_are_the_same(tmp_path, answered, teacher, tokenizer):
@@ -248,11 +258,16 @@ def test_the_best_model_is_loaded_and_training_goes_on(tmp_path, answered, token
         ({"answers": False}, "alpha is 0.7 but there is no teacher; give a teacher_model, a column 'teacher_logits'"),
         ({"teacher": True}, "there is a teacher_model, and train_dataset has a column 'teacher_logits'; drop one"),
         ({"same": True}, "teacher and student are the same model"),
+        (
+            {"labels": False},
+            "train_dataset has the columns .*; add a column 'label', with -100 for texts that have none",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, answered, teacher, tokenizer, options, sentence):
     model = student()
     texts = answered if options.pop("answers", True) else answered.remove_columns("teacher_logits")
+    texts = texts if options.pop("labels", True) else texts.remove_columns("label")
     teacher_model = model if options.pop("same", False) else teacher if options.pop("teacher", False) else None
     softening = SOFTENING | {name: options.pop(name) for name in SOFTENING if name in options}
     with pytest.raises(ValueError, match=sentence):
@@ -264,6 +279,23 @@ def test_mistakes_are_named(tmp_path, answered, teacher, tokenizer, options, sen
 def test_divergence_stops_the_run(tmp_path, answered, tokenizer):
     with pytest.raises(DivergedError, match=r"at step 2 \(total (nan|inf)"):
         trained(tmp_path, answered, tokenizer, learning_rate=1e30)
+
+
+def test_a_bad_gradient_leaves_the_weights_alone(tmp_path, answered, tokenizer):
+    model = student()
+    model.classifier.bias.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(DivergedError, match=r"at step 1 \(gradient norm nan\)"):
+        trained(tmp_path, answered, tokenizer, model=model)
+    same_weights(model, student(), atol=0)
+
+
+def test_a_teacher_does_not_keep_the_student_from_being_prepared(tmp_path, answered, teacher, tokenizer):
+    """accelerate gives a model that it prepares for bfloat16 another `forward`."""
+    labelled = answered.filter(lambda row: row["label"] >= 0).remove_columns("teacher_logits")
+    options = {"train_dataset": labelled, "eval_dataset": labelled, "data_collator": collator(tokenizer), **SOFTENING}
+    trainer = DistillationTrainer(student(), arguments(tmp_path, bf16=True), teacher_model=teacher, **options)
+    trainer.evaluate()
+    assert hasattr(trainer.model_wrapped, "_original_forward")
 
 
 def test_a_bad_loss_leaves_the_weights_alone(tmp_path, answered, tokenizer):
@@ -303,7 +335,7 @@ def in_two(*command: str, folder: Path) -> subprocess.Popen:
 
 
 def test_two_processes_are_one(tmp_path, answered, teacher, tokenizer):
-    """Two times 16 texts are 32, whether the teacher is asked or has been."""
+    """Two times 16 texts are 32, whether the teacher is asked or has been; and no text is evaluated twice."""
     answered.save_to_disk(tmp_path / "texts")
     save_model(tmp_path / "student", student(), tokenizer)
     save_model(tmp_path / "teacher", teacher, tokenizer)
@@ -312,11 +344,15 @@ def test_two_processes_are_one(tmp_path, answered, teacher, tokenizer):
     assert process.returncode == 0, output[-6000:]
     alone = trained(tmp_path / "alone", answered, tokenizer)
     expected = alone.model.state_dict()
-    for way in ("cached", "online"):
+    measured = alone.evaluate(answered.select(range(90)))
+    for way in ("cached", "online", "stream"):
         history = json.loads((tmp_path / f"{way}.json").read_text())
         for name in ("loss", "soft_loss", "hard_loss", "fidelity"):
             found = [entry[name] for entry in history if name in entry]
             assert found == pytest.approx(logged(alone, name), abs=1e-5), (way, name)
+        for name in ("loss", "soft_loss", "hard_loss", "fidelity", "nll"):
+            (found,) = [entry[f"eval_{name}"] for entry in history if f"eval_{name}" in entry]
+            assert found == pytest.approx(measured[f"eval_{name}"], abs=1e-5), (way, name)
         weights = load_file(tmp_path / way / "model.safetensors")
         assert weights.keys() == expected.keys()
         for name, value in weights.items():
@@ -327,11 +363,13 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_left_alone(tmp_path, an
     trained(tmp_path, answered, tokenizer, save_strategy="steps", save_steps=1)
     newest, one_before = (str(tmp_path / f"checkpoint-{step}") for step in (4, 3))
     assert last_whole_checkpoint(tmp_path, processes=1) == newest
-    assert last_whole_checkpoint(tmp_path, processes=2) is None
-    for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt"):
+    with pytest.warns(UserWarning, match="is not whole"):
+        assert last_whole_checkpoint(tmp_path, processes=2) is None
+    for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt", "model.safetensors"):
         content = (Path(newest) / name).read_bytes()
         (Path(newest) / name).write_bytes(content[: len(content) // 2])
-        assert last_whole_checkpoint(tmp_path, processes=1) == one_before, name
+        with pytest.warns(UserWarning, match="checkpoint-4 is not whole; an earlier one is taken"):
+            assert last_whole_checkpoint(tmp_path, processes=1) == one_before, name
         (Path(newest) / name).write_bytes(content)
     (tmp_path / "checkpoint-best").mkdir()
     assert last_whole_checkpoint(tmp_path, processes=1) == newest, "what has no number is somebody's own"
@@ -366,7 +404,10 @@ def of_the_script(tmp_path, own_artifacts, tokenizer, monkeypatch) -> tuple[str,
 
 def test_the_script_refuses_another_run_in_its_folder(of_the_script, capsys):
     short = (*of_the_script, "--output_dir", "out", "--max_steps", "2", "--save_strategy", "no")
+    Path("out").mkdir()
+    Path("out/made_of.json").write_text('{"alpha": 1}')  # of an attempt that saved nothing
     assert main([*short, "--alpha", "0.5"]) == 0
+    assert not list(Path("out").rglob("training_args.bin")), "a pickle"
     with pytest.raises(SystemExit) as refused:
         main([*short, "--alpha", "0.9"])
     assert refused.value.code == 2
@@ -390,9 +431,13 @@ def test_the_script_goes_on_under_two_processes(tmp_path, of_the_script):
 
     killed = in_two(*command, "killed", folder=tmp_path)
     wait_for(lambda: list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")), killed)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    for process in [*psutil.Process(killed.pid).children(recursive=True), psutil.Process(killed.pid)]:
+        process.kill()  # the workers have a session of their own
+    killed.communicate()
     assert not (tmp_path / "killed" / "student").exists()
+    assert len(list((tmp_path / "killed").glob("checkpoint-*"))) <= 2
+    last = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())["global_step"]
+    assert not (tmp_path / "killed" / f"checkpoint-{last}").exists(), "killed in the middle"
     again = in_two(*command, "killed", folder=tmp_path)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output[-6000:]
