@@ -25,11 +25,11 @@ from kd_helpers.models import load_tokenizer
 settings.register_profile("course", deadline=None)
 settings.load_profile("course")
 
-LONGEST = ("test_results", "test_doors", "test_sweep", "test_papermill", "test_trainer", "test_explorers")
+LONGEST = ("test_results", "test_papermill", "test_doors", "test_sweep", "test_trainer", "test_explorers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no process waits for one that began last."""
+    """The longest tests first, so that no process waits for one that began last; one of them tunes the teacher."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
