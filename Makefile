@@ -33,7 +33,7 @@ test: $(READY) lint ## style, unit tests, papermill, and every notebook compared
 	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks
 
 coverage: RUNNER := coverage run
-coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_helpers must have run; about half an hour
+coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_helpers must have run; a quarter of an hour
 	mkdir -p artifacts/coverage && rm -f artifacts/coverage/*
 	$(PYTEST) --dist worksteal tests
 	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks

@@ -154,10 +154,13 @@ def require_same(folder: Path, made_of: dict[str, Any]) -> None:
         if not note.exists():
             save_json(note, made_of)
         before = load_json(note)
-    if differ := [
-        f"{name} {before.get(name)!r} (now {value!r})" for name, value in made_of.items() if before.get(name) != value
-    ]:
+    if differ := differences(before, made_of):
         raise ValueError(f"{folder} was begun with {', '.join(differ)}; choose another folder, or delete it.")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of `now` was something else before, in words."""
+    return [f"{name} {before.get(name)!r} (now {value!r})" for name, value in now.items() if before.get(name) != value]
 
 
 def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:

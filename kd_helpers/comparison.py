@@ -14,7 +14,7 @@ import importlib.metadata
 import itertools
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +334,14 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+def intervals(columns: Mapping[str, Sequence[float]], name: str) -> pd.DataFrame:
+    """One row a column of values: their mean, called `name`, and its 95% t interval, `low` and `high`."""
+    rows = {
+        row: dict(zip((name, "low", "high"), mean_interval(values), strict=True)) for row, values in columns.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def summary(comparison: dict[str, Any]) -> pd.DataFrame:
     """Mean of each measure over the seeds with half the width of its 95% interval.
 
@@ -359,12 +367,8 @@ def paired_differences(
     `paired_over_texts` for what other test texts would.
     """
     table = runs_table(comparison).pivot(index="seed", columns="arm", values=metric)
-    rows = {}
-    for arm in comparison["arms"]:
-        if arm != reference:
-            difference, low, high = mean_interval(table[arm] - table[reference])
-            rows[ARMS[arm].title] = {"difference": difference, "low": low, "high": high}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    others = [arm for arm in comparison["arms"] if arm != reference]
+    return intervals({ARMS[arm].title: table[arm] - table[reference] for arm in others}, "difference")
 
 
 def paired_over_texts(comparison: dict[str, Any], *, reference: str = BASELINE) -> pd.DataFrame:
@@ -378,12 +382,8 @@ def paired_over_texts(comparison: dict[str, Any], *, reference: str = BASELINE) 
     for run in comparison["runs"]:
         right.setdefault(run["arm"], []).append(np.array(run["predicted"].split()) == labels)
     share = {arm: np.mean(seeds, axis=0) for arm, seeds in right.items()}
-    rows = {}
-    for arm in share:
-        if arm != reference:
-            difference, low, high = mean_interval(share[arm] - share[reference])
-            rows[ARMS[arm].title] = {"difference": difference, "low": low, "high": high}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    others = [arm for arm in share if arm != reference]
+    return intervals({ARMS[arm].title: share[arm] - share[reference] for arm in others}, "difference")
 
 
 def last_and_best(comparison: dict[str, Any], arm: str) -> tuple[float, float]:

@@ -34,6 +34,7 @@ LEARNING_RATE = 3e-3
 # What regularises the teacher: dropout, the longest weight vector into a hidden unit, and how far pictures move, as a
 # share of their side: two of MNIST's 28 pixels (1503.02531, section 3).
 DROPOUT, MAX_NORM, JITTER = 0.5, 1.0, 2 / 28
+SHIFTS = [quarter / 4 for quarter in range(-60, 61)]  # of biases, to choose from
 
 
 class Digits(NamedTuple):
@@ -280,8 +281,33 @@ def train_student(
     )
 
 
+def unseen_measures(net: nn.Module, splits: DigitSplits, seen: Sequence[int], moved: Sequence[int]) -> dict[str, float]:
+    """What a student knows of digits that it never saw, before and after moving some biases.
+
+    Args:
+        net: the student.
+        splits: the shift is chosen on validation, where the unseen digits have labels.
+        seen: the digits of its transfer set.
+        moved: the classes whose biases are shifted together.
+
+    Returns:
+        `shift`; and on test, `…_before` and `…_after` it, `unseen` (how many of the digits never seen are right),
+        `others` (the same of the digits that were seen) and `errors`.
+    """
+    validation = logits_of(net, splits.validation.pictures)
+    shift = choose_shift(validation, splits.validation.labels, moved, SHIFTS)
+    logits, labels = logits_of(net, splits.test.pictures), splits.test.labels
+    known = torch.isin(labels, torch.tensor(seen))
+    found: dict[str, float] = {"shift": shift}
+    for when, by in (("before", 0.0), ("after", shift)):
+        right = shift_classes(logits, moved, by).argmax(dim=-1) == labels
+        found[f"unseen_{when}"] = int((right & ~known).sum())
+        found[f"others_{when}"] = int((right & known).sum())
+        found[f"errors_{when}"] = int((~right).sum())
+    return found
+
+
 SEEDS = (0, 1, 2, 3, 4)
-SHIFTS = [quarter / 4 for quarter in range(-60, 61)]  # of biases, to choose from
 # What the stored study is made of. Students of 30 units get more steps: they are cheap, and slow to learn.
 STUDY: dict[str, Any] = {
     "digits": "sklearn",
@@ -324,12 +350,15 @@ def study() -> dict[str, Any]:
         validation, test = (classification_metrics(z, part.labels) for z, part in zip(logits, splits[1:], strict=True))
         return {"accuracy": test["accuracy"], "nll": test["nll"], "validation": validation["accuracy"]}
 
+    def held_out(net: nn.Module) -> dict[str, float]:
+        return measures([logits_of(net, part.pictures) for part in splits[1:]])
+
     def whole(seed: int, units: int, at: float | None, ensemble: bool = False) -> dict[str, float]:
         """A student on all training digits: on soft targets at a temperature, or on labels where that is None."""
         logits = None if at is None else together(seed, at)[0] if ensemble else teacher_logits(seed)[0]
         options = {"units": units, "steps": steps[str(units)], "seed": seed}
         net = train_student(train, logits, temperature=at or 1.0, **options)
-        return measures([logits_of(net, part.pictures) for part in splits[1:]])
+        return held_out(net)
 
     def without(seed: int, seen: Sequence[int], moved: Sequence[int], at: float | None) -> dict[str, float]:
         """A student that sees some digits only (their labels where `at` is None); then some biases are shifted."""
@@ -347,7 +376,7 @@ def study() -> dict[str, Any]:
         stop_on = splits.validation if stop else None
         net = train_student(train.where(kept), logits, temperature=temperature, stop_on=stop_on, **options)
         fitted = classification_metrics(logits_of(net, train.pictures[kept]), train.labels[kept])["accuracy"]
-        return {**measures([logits_of(net, part.pictures) for part in splits[1:]]), "train": fitted}
+        return {**held_out(net), "train": fitted}
 
     no_three = [digit for digit in range(CLASSES) if digit != 3]
     arms: dict[str, Any] = {
@@ -366,31 +395,5 @@ def study() -> dict[str, Any]:
     for units in (30, 800):
         for at in (None, *STUDY["temperatures"]):
             name = f"{units} units: " + ("labels" if at is None else f"T = {at:g}")
-            arms[name] = functools.partial(lambda seed, units, at: whole(seed, units, at), units=units, at=at)
+            arms[name] = functools.partial(whole, units=units, at=at)
     return run_study("dark_knowledge", arms, SEEDS, choices=STUDY)
-
-
-def unseen_measures(net: nn.Module, splits: DigitSplits, seen: Sequence[int], moved: Sequence[int]) -> dict[str, float]:
-    """What a student knows of digits that it never saw, before and after moving some biases.
-
-    Args:
-        net: the student.
-        splits: the shift is chosen on validation, where the unseen digits have labels.
-        seen: the digits of its transfer set.
-        moved: the classes whose biases are shifted together.
-
-    Returns:
-        `shift`; and on test, `…_before` and `…_after` it, `unseen` (how many of the digits never seen are right),
-        `others` (the same of the digits that were seen) and `errors`.
-    """
-    validation = logits_of(net, splits.validation.pictures)
-    shift = choose_shift(validation, splits.validation.labels, moved, SHIFTS)
-    logits, labels = logits_of(net, splits.test.pictures), splits.test.labels
-    known = torch.isin(labels, torch.tensor(seen))
-    found: dict[str, float] = {"shift": shift}
-    for when, by in (("before", 0.0), ("after", shift)):
-        right = shift_classes(logits, moved, by).argmax(dim=-1) == labels
-        found[f"unseen_{when}"] = int((right & ~known).sum())
-        found[f"others_{when}"] = int((right & known).sum())
-        found[f"errors_{when}"] = int((~right).sum())
-    return found

@@ -109,7 +109,7 @@ def _answered(
 def missing_shards(folder: str | Path) -> list[int]:
     """The numbers of the shards that are not answered yet, or damaged."""
     folder = Path(folder)
-    count = artifacts.load_json(folder / "made_of.json")["shards"]
+    count = artifacts.load_json(folder / artifacts.MADE_OF)["shards"]
     return [index for index in range(count) if not artifacts.is_intact(folder / f"{index:06d}")]
 
 

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kd_helpers import artifacts
-from kd_helpers.comparison import mean_interval, versions
+from kd_helpers.comparison import intervals, versions
 
 STUDIES = ("dark_knowledge",)  # modules with a function `study`
 
@@ -68,20 +68,13 @@ def study_table(study: dict[str, Any], metric: str) -> pd.DataFrame:
 
 def means(study: dict[str, Any], metric: str) -> pd.DataFrame:
     """The mean of every arm over the seeds, with its 95% t interval: columns `mean`, `low`, `high`."""
-    table = study_table(study, metric)
-    rows = {arm: dict(zip(("mean", "low", "high"), mean_interval(table[arm]), strict=True)) for arm in table}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return intervals(dict(study_table(study, metric)), "mean")
 
 
 def gains(study: dict[str, Any], metric: str, *, over: str) -> pd.DataFrame:
     """Each other arm minus the arm `over`, seed by seed: columns `gain`, `low`, `high` (a 95% t interval)."""
     table = study_table(study, metric)
-    rows = {
-        arm: dict(zip(("gain", "low", "high"), mean_interval(table[arm] - table[over]), strict=True))
-        for arm in table
-        if arm != over
-    }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return intervals({arm: table[arm] - table[over] for arm in table if arm != over}, "gain")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

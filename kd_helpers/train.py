@@ -147,10 +147,6 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
     data = load_splits(config)
     require_disjoint(data)
     tokenizers = load_tokenizers(config)
-    texts = {
-        split: tokenize(getattr(data, split), tokenizers.student, config.max_length)
-        for split in ("student_train", "validation", "test")
-    }
     out = Path(args.output_dir)
     made_of = {
         "package": __version__,
@@ -164,6 +160,10 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         if args.process_index == 0 and not any((*out.glob("checkpoint-*"), *out.glob("student"))):
             (out / artifacts.MADE_OF).unlink(missing_ok=True)  # of an attempt that came to nothing
         artifacts.require_same(out, made_of)
+    texts = {
+        split: tokenize(getattr(data, split), tokenizers.student, config.max_length)
+        for split in ("student_train", "validation", "test")
+    }
     teacher = None
     if config.alpha > 0:
         warn_if_swapped(config)
@@ -186,7 +186,9 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         processing_class=tokenizers.student,
         data_collator=DataCollatorWithPadding(tokenizers.student, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
-    (checkpoint,) = broadcast_object_list([last_whole_checkpoint(out, processes=args.world_size)])
+    # One process looks: on a shared disk they could see different ones.
+    found = last_whole_checkpoint(out, processes=args.world_size) if args.process_index == 0 else None
+    (checkpoint,) = broadcast_object_list([found])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(out / "student"))
     (out / "student" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody who uses the student needs

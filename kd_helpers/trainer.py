@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from kd_helpers.config import require_alpha, require_temperature
 from kd_helpers.losses import IGNORE_INDEX, DistillationLoss, distillation_loss
 from kd_helpers.models import accepted_inputs, freeze, require_teacher_and_student
-from kd_helpers.training import DivergedError, classification_metrics
+from kd_helpers.training import classification_metrics, require_finite
 
 ANSWERS = "teacher_logits"  # the column with the teacher's answers
 
@@ -95,17 +95,19 @@ class DistillationTrainer(Trainer):
             DivergedError: a loss in training is not finite. The step is not made.
         """
         outputs = model(**{name: inputs[name] for name in self.student_inputs if name in inputs})
-        teacher_logits, labels = self._teacher_logits(inputs), inputs["labels"]
+        rows = len(inputs["labels"]) if model.training else self._rows_not_repeated(len(inputs["labels"]))
+        student_logits, labels = outputs.logits[:rows], inputs["labels"][:rows]
+        teacher_logits = self._teacher_logits(inputs)
+        teacher_logits = None if teacher_logits is None else teacher_logits[:rows]
         alpha = 0.0 if teacher_logits is None and not model.training else self.alpha
-        loss = distillation_loss(outputs.logits, teacher_logits, labels, temperature=self.temperature, alpha=alpha)
+        loss = distillation_loss(student_logits, teacher_logits, labels, temperature=self.temperature, alpha=alpha)
         here = _texts_and_labels(labels)
         if model.training:
-            self._require_finite(loss)
-            total = self._share(loss, here, num_items_in_batch)
-            self._count(True, loss, here, outputs.logits, teacher_logits)
-        else:
-            total = loss.total
-            self._count_evaluated(outputs.logits, teacher_logits, labels)
+            # The Trainer's own filter of NaN waits for a GPU once a batch, too.
+            require_finite(self.state.global_step + 1, loss.total, loss._asdict())
+        if rows:
+            self._count(model.training, loss, here, student_logits, teacher_logits)
+        total = self._share(loss, here, num_items_in_batch) if model.training else loss.total
         return (total, outputs) if return_outputs else total
 
     def _teacher_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -144,15 +146,17 @@ class DistillationTrainer(Trainer):
             DivergedError: the gradient is not finite. The step is not made.
         """
         norm = super()._clip_grad_norm(model)
-        if not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
-            raise DivergedError(self.state.global_step + 1, {"gradient norm": float(norm)})
+        if not self.args.fp16:
+            as_tensor = torch.as_tensor(norm)
+            require_finite(self.state.global_step + 1, as_tensor, {"gradient norm": as_tensor})
         return norm
 
-    def _require_finite(self, loss: DistillationLoss) -> None:
-        # The Trainer's own filter of NaN waits for a GPU once a batch, too.
-        if not torch.isfinite(loss.total.detach()):
-            parts = {name: value.item() for name, value in loss._asdict().items()}
-            raise DivergedError(self.state.global_step + 1, parts)
+    def _rows_not_repeated(self, rows: int) -> int:
+        """How many of a batch that is evaluated are no repeats, made so that all processes have as many texts."""
+        loader = self.accelerator.gradient_state
+        if not loader.end_of_dataloader or loader.remainder <= 0:
+            return rows
+        return min(rows, max(0, loader.remainder - self.args.process_index * rows))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns of the dataset that are kept: what the teacher reads or has answered, too."""
@@ -200,21 +204,6 @@ class DistillationTrainer(Trainer):
         # Kept on the device: a GPU need not be waited for until something is logged.
         sums = (answered * loss.soft, labelled * loss.hard, agreed, answered, labelled)
         self.sums[training] += torch.stack([value.detach().float() for value in sums])
-
-    def _count_evaluated(
-        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor
-    ) -> None:
-        """Count what is evaluated, without the texts that are repeated so that all processes have as many."""
-        rows, loader = len(labels), self.accelerator.gradient_state
-        if loader.end_of_dataloader and loader.remainder > 0:
-            rows = min(rows, max(0, loader.remainder - self.args.process_index * rows))
-        if rows == 0:
-            return
-        student_logits, labels = student_logits[:rows], labels[:rows]
-        teacher_logits = None if teacher_logits is None else teacher_logits[:rows]
-        alpha = 0.0 if teacher_logits is None else self.alpha
-        loss = distillation_loss(student_logits, teacher_logits, labels, temperature=self.temperature, alpha=alpha)
-        self._count(False, loss, _texts_and_labels(labels), student_logits, teacher_logits)
 
     def _no_sums(self) -> torch.Tensor:
         return torch.zeros(5, device=self.args.device)

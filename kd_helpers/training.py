@@ -50,7 +50,7 @@ from kd_helpers.data import (
     training_batches,
 )
 from kd_helpers.lean import lean_training
-from kd_helpers.losses import IGNORE_INDEX, DistillationLoss, distillation_loss
+from kd_helpers.losses import IGNORE_INDEX, distillation_loss
 from kd_helpers.models import (
     checkpoint_version,
     freeze,
@@ -150,7 +150,8 @@ def distill_epoch(
         optimizer.zero_grad()
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
-        _require_finite(len(steps) + 1, loss, norm)
+        # A GPU has to be waited for here, once a step. Without, a single bad step would spoil every weight unseen.
+        require_finite(len(steps) + 1, loss.total + norm, {**loss._asdict(), "gradient norm": norm})
         optimizer.step()
         scheduler.step()
         steps.append((*(part.detach() for part in loss), norm))
@@ -159,11 +160,14 @@ def distill_epoch(
     return EpochLosses(*(torch.stack(parts).cpu() for parts in zip(*steps, strict=True)))
 
 
-def _require_finite(step: int, loss: DistillationLoss, norm: torch.Tensor) -> None:
-    # A GPU has to be waited for here, once a step. Without, a single bad step would spoil every weight unseen.
-    if not torch.isfinite(loss.total.detach() + norm):
-        parts = {name: value.item() for name, value in loss._asdict().items()}
-        raise DivergedError(step, parts | {"gradient norm": norm.item()})
+def require_finite(step: int, decisive: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    """Stop a training step whose `decisive` value, a scalar, is not finite; `parts` are named in the error.
+
+    Raises:
+        DivergedError: it is not finite.
+    """
+    if not torch.isfinite(decisive.detach()):
+        raise DivergedError(step, {name: value.item() for name, value in parts.items()})
 
 
 class Predictions(NamedTuple):
@@ -418,7 +422,7 @@ def fine_tuned_teacher(
             )
         save_model(target, teacher, tokenizer)
         artifacts.save_json(target / "history.json", progress.history)
-        artifacts.save_json(target / "made_of.json", made_of)
+        artifacts.save_json(target / artifacts.MADE_OF, made_of)
 
     artifacts.get_or_build(folder, fine_tune)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -572,7 +576,7 @@ def distill(
     return result
 
 
-RUN_FILES = ("config.json", "history.json", "metrics.json", "made_of.json", "predictions.safetensors")
+RUN_FILES = ("config.json", "history.json", "metrics.json", artifacts.MADE_OF, "predictions.safetensors")
 
 
 def save_run(result: DistillResult, made_of: dict[str, Any]) -> None:
@@ -602,7 +606,7 @@ def save_run(result: DistillResult, made_of: dict[str, Any]) -> None:
         artifacts.write_bytes(folder / "predictions.safetensors", predictions)
         artifacts.save_json(folder / "config.json", result.config.to_dict())
         artifacts.save_json(folder / "history.json", result.history)
-        artifacts.save_json(folder / "made_of.json", made_of)
+        artifacts.save_json(folder / artifacts.MADE_OF, made_of)
         artifacts.save_json(folder / "metrics.json", result.metrics)
         weights = [f"student/{path.name}" for path in student.iterdir() if path.name != artifacts.MANIFEST]
         artifacts.seal(folder, [*RUN_FILES, *sorted(weights)])
@@ -621,11 +625,10 @@ def find_run(folder: Path, made_of: dict[str, Any]) -> DistillResult | None:
     except ValueError as error:
         warnings.warn(str(error).replace("delete it and run again", "it is made again"), stacklevel=3)
         return None
-    other = artifacts.load_json(folder / "made_of.json")
+    other = artifacts.load_json(folder / artifacts.MADE_OF)
     if artifacts.fingerprint(other) != artifacts.fingerprint(made_of):
         old, new = result.config.to_dict(), made_of["config"]
-        differ = [f"{name} {old[name]!r} (now {new[name]!r})" for name in new if old.get(name) != new[name]]
-        what = ", ".join(differ) or "other texts, answers, machine or package version"
+        what = ", ".join(artifacts.differences(old, new)) or "other texts, answers, machine or package version"
         raise ValueError(f"{folder} holds a finished run with {what}; choose another output_dir, or delete it.")
     return result
 

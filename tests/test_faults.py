@@ -23,6 +23,7 @@ from test_resume import same_run
 from kd_helpers import artifacts, checkpoints, sweep, training
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, training_batches
+from kd_helpers.losses import DistillationLoss
 from kd_helpers.models import load_saved, load_tokenizer, save_model
 from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.training import DivergedError, distill, distill_epoch, find_run, load_run, train
@@ -291,7 +292,7 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path, monkeypatch, tokeniz
 
     def burst(student_logits, *given, **options):
         seen.append(1)
-        return training.DistillationLoss(*([student_logits.sum() * (torch.inf if len(seen) == 11 else 1e-3)] * 3))
+        return DistillationLoss(*([student_logits.sum() * (torch.inf if len(seen) == 11 else 1e-3)] * 3))
 
     monkeypatch.setattr(training, "distillation_loss", burst)
     with pytest.raises(DivergedError) as caught:

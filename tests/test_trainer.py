@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -345,14 +346,15 @@ def test_two_processes_are_one(tmp_path, answered, teacher, tokenizer):
     alone = trained(tmp_path / "alone", answered, tokenizer)
     expected = alone.model.state_dict()
     measured = alone.evaluate(answered.select(range(90)))
+    measured |= alone.evaluate(answered.select(range(84)), metric_key_prefix="few")
     for way in ("cached", "online", "stream"):
         history = json.loads((tmp_path / f"{way}.json").read_text())
         for name in ("loss", "soft_loss", "hard_loss", "fidelity"):
             found = [entry[name] for entry in history if name in entry]
             assert found == pytest.approx(logged(alone, name), abs=1e-5), (way, name)
-        for name in ("loss", "soft_loss", "hard_loss", "fidelity", "nll"):
-            (found,) = [entry[f"eval_{name}"] for entry in history if f"eval_{name}" in entry]
-            assert found == pytest.approx(measured[f"eval_{name}"], abs=1e-5), (way, name)
+        for prefix, name in itertools.product(("eval", "few"), ("loss", "soft_loss", "hard_loss", "fidelity", "nll")):
+            (found,) = [entry[f"{prefix}_{name}"] for entry in history if f"{prefix}_{name}" in entry]
+            assert found == pytest.approx(measured[f"{prefix}_{name}"], abs=1e-5), (way, prefix, name)
         weights = load_file(tmp_path / way / "model.safetensors")
         assert weights.keys() == expected.keys()
         for name, value in weights.items():
