@@ -472,6 +472,13 @@ def evaluation_batches(
     return _loader(tokenized, tokenizer, LengthSortedBatchSampler(tokenized["length"][:], batch_size))
 
 
+def endless(batches: DataLoader[Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """Epoch after epoch of `training_batches`, each in its own order, for loops that count steps."""
+    for epoch in itertools.count():
+        batches.batch_sampler.set_epoch(epoch)
+        yield from batches
+
+
 def _loader(
     tokenized: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, sampler: Sampler[list[int]]
 ) -> DataLoader[Any]:

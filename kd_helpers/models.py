@@ -101,7 +101,7 @@ def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreT
         config = AutoConfig.from_pretrained(path, **NO_CODE)
     trained = any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
     order = head_order(name, config.id2label, label_names) if trained else range(len(label_names))
-    with _quiet_transformers(), torch.random.fork_rng(), hub.found(name, "model"):
+    with quiet_transformers(), torch.random.fork_rng(), hub.found(name, "model"):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -147,7 +147,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     Raises:
         RuntimeError: this is not the first of several processes, and transformers saved nothing.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if not any(folder.glob("*.safetensors")):
@@ -156,7 +156,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def load_saved(folder: Path) -> PreTrainedModel:
     """A classifier that this course saved, from safetensors, in eval mode."""
-    with _quiet_transformers():
+    with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, **NO_CODE
         )
@@ -307,7 +307,7 @@ def _fresh(model_class: type[PreTrainedModel], config: transformers.PretrainedCo
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Leave out the report on the missing head: it is missing on purpose."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

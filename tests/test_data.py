@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import datasets
 import numpy as np
@@ -162,6 +163,18 @@ def test_every_example_comes_once_an_epoch(lengths, batch_size, seed, epoch):
     assert len(batches) == len(sampler)
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     assert batches == list(sampler)
+
+
+def test_endless_batches_go_through_the_epochs(everything, tokenizer):
+    tokenized = data.tokenize(everything.test.select(range(40)), tokenizer, 32)
+    batches = data.training_batches(tokenized, tokenizer, 16, seed=0)
+    found = [batch["id"].tolist() for batch in itertools.islice(data.endless(batches), 2 * len(batches))]
+    expected = []
+    for epoch in range(2):
+        batches.batch_sampler.set_epoch(epoch)
+        expected += [batch["id"].tolist() for batch in batches]
+    assert found == expected
+    assert found[: len(batches)] != found[len(batches) :]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
