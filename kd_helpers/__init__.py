@@ -11,6 +11,8 @@
 | `comparison` | 06: did it help? |
 | `sweep` | 07: which temperature, which alpha? |
 | `dark_knowledge`, `studies` | 10: what a teacher knows beside the label |
+| `features`, `distilbert` | 11: a student before there are labels |
+| `tinybert`, `augmentation` | 12: a student that sees inside its teacher |
 | `trainer`, `train`, `shards` | 16: many devices, many texts |
 
 `artifacts`, `hub`, `plots`, `explorers`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The

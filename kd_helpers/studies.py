@@ -1,4 +1,4 @@
-"""Chapter 10: studies that take longer than a notebook should, kept as data with what made them.
+"""Chapters 10 to 12: studies that take longer than a notebook should, kept as data with what made them.
 
 A study is some arms, each with every seed. A run that is done is found again, so a study goes on where it was cut off.
 
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from kd_helpers import artifacts
 from kd_helpers.comparison import intervals, versions
 
-STUDIES = ("dark_knowledge",)  # modules with a function `study`
+STUDIES = ("dark_knowledge", "distilbert", "tinybert")  # modules with a function `study`
 
 Run = Callable[[int], dict[str, float]]
 
