@@ -67,8 +67,10 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
 	$(BIN)/python -m kd_helpers.course sweep
 
-study: $(READY) ## make the study of notebook 10 again: 29 arms, 5 seeds, about ten minutes; resumes where it stopped
+study: $(READY) ## make the studies of notebooks 10 to 12 again, an hour and a half; resumes where it stopped
 	$(BIN)/python -m kd_helpers.studies dark_knowledge
+	$(BIN)/python -m kd_helpers.studies distilbert
+	$(BIN)/python -m kd_helpers.studies tinybert
 
 benchmark: $(READY) ## time the loop against the usual ways, about a quarter of an hour on an idle machine
 	$(BIN)/python -m kd_helpers.benchmark --compile --out kd_helpers/results
