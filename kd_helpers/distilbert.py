@@ -44,12 +44,14 @@ from kd_helpers.models import (
     checkpoint_path,
     checkpoint_version,
     copy_layers,
+    copy_out_of_file,
     freeze,
     load_teacher,
     load_tokenizer,
     model_inputs,
     quiet_transformers,
     random_like,
+    require_eval_mode,
     require_teacher_and_student,
     save_model,
 )
@@ -244,8 +246,8 @@ def train_language_model(
     """
     require_whole("steps", steps, minimum=1)
     require_teacher_and_student(teacher, model)
-    if teacher is not None and teacher.training:
-        raise ValueError("the teacher is in train mode, so dropout changes its answers; call freeze(teacher) first.")
+    if teacher is not None:
+        require_eval_mode(teacher)
     if not isinstance(batches, DataLoader) and len(batches) < steps:
         raise ValueError(f"{steps} steps need as many batches, there are {len(batches)}; give more, or a loader.")
     stream = itertools.islice(endless(batches) if isinstance(batches, DataLoader) else batches, steps)
@@ -383,7 +385,7 @@ def language_teacher(
                 description="Adapting the language teacher",
             )
         save_model(target, model, tokenizer)
-        artifacts.save_json(target / "made_of.json", made_of)
+        artifacts.save_json(target / artifacts.MADE_OF, made_of)
 
     artifacts.get_or_build(folder, adapt)
     return freeze(load_language_model(str(folder))[0]).to(device)
@@ -407,9 +409,7 @@ def load_language_model(name: str) -> tuple[BertForMaskedLM, bool]:
         model, report = BertForMaskedLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **NO_CODE
         )
-    # Loaded weights are the mapped file: they would change with it (see `models.load_saved`).
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    copy_out_of_file(model)
     return model, not any(key.startswith("cls.predictions.transform") for key in report["missing_keys"])
 
 

@@ -160,9 +160,7 @@ def load_saved(folder: Path) -> PreTrainedModel:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, **NO_CODE
         )
-    # Loaded weights are the mapped file: they would change with it, and lie where matrix products round otherwise.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    copy_out_of_file(model)
     return model
 
 
@@ -223,6 +221,16 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Take the model out of training, in place: no gradients, no dropout. Returns it."""
     model.requires_grad_(False)
     return model.eval()
+
+
+def require_eval_mode(teacher: nn.Module) -> None:
+    """Refuse a teacher in train mode, where dropout makes its answers random.
+
+    Raises:
+        ValueError: it is in train mode.
+    """
+    if teacher.training:
+        raise ValueError("the teacher is in train mode, so dropout changes its answers; call freeze(teacher) first.")
 
 
 def require_teacher_and_student(teacher: nn.Module | None, student: nn.Module) -> None:
@@ -304,6 +312,15 @@ def _fresh(model_class: type[PreTrainedModel], config: transformers.PretrainedCo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model_class(config)
+
+
+def copy_out_of_file(model: nn.Module) -> None:
+    """Copy loaded weights, in place, out of the mapped file.
+
+    They would change with it, and lie where matrix products round otherwise.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from kd_helpers import artifacts
 from kd_helpers.checkpoints import checkpoints_dir
 from kd_helpers.data import evaluation_batches
 from kd_helpers.losses import are_probabilities
-from kd_helpers.models import model_inputs
+from kd_helpers.models import model_inputs, require_eval_mode
 
 SHARD = 2048  # texts; what a pass that is cut off loses at most. A multiple of the batches' size
 
@@ -95,8 +95,7 @@ def ask(teacher: nn.Module, batch: dict[str, torch.Tensor], precision: torch.dty
     Raises:
         ValueError: the teacher is in train mode, where dropout makes its answers random.
     """
-    if teacher.training:
-        raise ValueError("the teacher is in train mode, so dropout changes its answers; call freeze(teacher) first.")
+    require_eval_mode(teacher)
     inputs = model_inputs(teacher, batch)
     device = next(iter(inputs.values())).device
     with torch.no_grad(), autocast(device, precision):

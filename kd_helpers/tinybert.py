@@ -36,6 +36,7 @@ from kd_helpers.models import (
     load_tokenizers,
     model_inputs,
     random_like,
+    require_eval_mode,
     require_teacher_and_student,
 )
 from kd_helpers.optim import make_optimizer, make_scheduler
@@ -204,8 +205,7 @@ def distill_layers(
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"parts are {', '.join(parts) or 'none'}; name one or more of {', '.join(PARTS)}.")
     require_teacher_and_student(teacher, student)
-    if teacher.training:
-        raise ValueError("the teacher is in train mode, so dropout changes what is inside; call freeze(teacher) first.")
+    require_eval_mode(teacher)
     device, precision = machine(config)
     mapping = layer_mapping(student.config.num_hidden_layers, teacher.config.num_hidden_layers, "uniform")
     with torch.random.fork_rng():
