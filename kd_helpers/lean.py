@@ -1,8 +1,9 @@
 """Chapter 05: what a training step can leave out.
 
-On a CPU the matrix products are the lesser part of a small student's step. Two other parts teach nothing: the work
-on rows of the embedding table that no training text contains, and random numbers finer than dropout needs.
-`lean_training` leaves them out while a model trains; afterwards it is an ordinary model again.
+On a CPU, matrix products take less than half of the time of a small student's step. Two other parts of the step have
+no effect on learning: the work on rows of the embedding table that occur in no training text, and random numbers that
+are finer than dropout needs. `lean_training` leaves both out while a model trains. Afterwards the model is an ordinary
+model again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ATTENTION = "lean"
 
 @contextlib.contextmanager
 def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -> Iterator[None]:
-    """Train `model` on these texts within, in less time.
+    """Train `model` on these texts in less time, as long as the context lasts.
 
     Losses and gradients are those of ordinary training, with two differences: rows of the embedding table that do not
     occur keep their values instead of being shrunk by weight decay, and on a CPU dropout draws other masks.
@@ -32,7 +33,7 @@ def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) ->
     Args:
         model: changed in place while the context lasts: make the optimiser inside, save the model outside. Its
             embedding table becomes `SeenRows`; on a CPU its dropout becomes `CoarseDropout`, and so in attention.
-        token_ids: the token ids of each training text. In eval mode any other text can be asked about as well.
+        token_ids: the token ids of each training text. In eval mode the model takes any other text as well.
 
     Raises:
         ValueError: the model's output layer shares the embedding table.
@@ -65,8 +66,8 @@ def _become(modules: Iterable[nn.Module], kind: type[nn.Module]) -> None:
 class SeenRows(nn.Module):
     """An embedding table of which only the rows that occur in the training texts are trained.
 
-    The other rows get no gradient anyway. Yet in a dense table each of them is zeroed, measured for clipping
-    and updated by AdamW at every step, all to be shrunk a little by the weight decay. Here they stay as they are.
+    The other rows get no gradient anyway. Yet in a dense table each of them is zeroed, measured for clipping and
+    updated by AdamW at every step, only to be shrunk a little by weight decay. Here they stay as they are.
 
     Args:
         table: the whole table, `[V, H]`; it is frozen, and holds the trained rows again after `write_back`.
@@ -139,7 +140,8 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as transformers calls it: heads `[N, A, L, D]` to `[N, L, A, D]`, the mask True where one may look.
 
-    PyTorch's fused attention is for answering: on a CPU it takes no dropout, and is slow backwards on short texts.
+    PyTorch's fused attention is used in eval mode only: on a CPU it has no dropout, and its backward pass is slow for
+    short texts.
     """
     if not module.training:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)

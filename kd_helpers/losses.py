@@ -1,10 +1,11 @@
-"""Chapter 03: the loss of distillation.
+"""Chapter 03: the distillation loss of a classifier.
 
     total = alpha · T² · KL(softmax(z_T / T) ‖ softmax(z_S / T)) + (1 − alpha) · CE(z_S, y)
 
 z_S and z_T are the logits of student and teacher, y the labels, T the temperature, and **alpha weights
 the soft loss**. From Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015,
-arXiv 1503.02531), section 2. Shapes: N examples, C classes.
+arXiv 1503.02531), section 2. Shapes: N examples, C classes. Logits for every token of a text, `[B, L, V]`, need a mask
+and another mean, so they are refused here; `methods.hidden_losses` has the losses for them.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def soft_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temper
     (1503.02531, section 2). No gradient reaches `teacher_logits`.
 
     Raises:
-        ValueError: the shapes differ, or T is not a finite number above 0.
+        ValueError: the logits are not `[N, C]`, the shapes differ, or T is not a finite number above 0.
     """
     require_temperature(temperature)
+    _require_rows_of_classes(student_logits)
     _require_same_shape(student_logits, teacher_logits)
     for whose, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if are_probabilities(logits):
@@ -70,8 +72,10 @@ def hard_loss(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     Label −100 means "no label". A batch without any label gives exactly 0, with a gradient of 0.
 
     Raises:
-        ValueError: a label is neither −100 nor in 0 … C − 1, or there is not one whole number a row.
+        ValueError: the logits are not `[N, C]`, a label is neither −100 nor in 0 … C − 1, or there is not one whole
+            number for each row.
     """
+    _require_rows_of_classes(student_logits)
     if labels.shape != student_logits.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and type {labels.dtype}, the logits shape "
@@ -122,12 +126,22 @@ def distillation_loss(
 def are_probabilities(logits: torch.Tensor) -> bool:
     """Whether every one of N ≥ 2 rows `[N, C]` is a distribution, which real logits are not by accident.
 
-    Looked at on a CPU only: on a GPU the answer would have to be waited for.
+    It is checked on a CPU only: on a GPU every step would have to wait for the result.
     """
     if logits.device.type != "cpu" or logits.ndim != 2 or len(logits) < 2:
         return False
     values = logits.detach().float()
     return bool((values >= 0).all()) and bool(((values.sum(dim=-1) - 1).abs() < 0.01).all())
+
+
+def _require_rows_of_classes(logits: torch.Tensor) -> None:
+    """With a third dimension the soft loss would be L times too large, and the hard loss wrong where L = C."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}; this loss takes one row of class logits for each example, "
+            "[N, C]. For the logits of tokens, [B, L, V], use the token losses vocabulary_soft_loss and "
+            "masked_language_loss of kd_helpers.methods.hidden_losses, which take a mask."
+        )
 
 
 def _require_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:

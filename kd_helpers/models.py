@@ -1,7 +1,7 @@
 """Chapter 02: the two models.
 
-Loading the teacher, fine-tuning it once, freezing it; building the student from some of the teacher's
-own layers, from a checkpoint, or at random.
+Loading the teacher, freezing it and running it without gradients; building the student from some of the teacher's own
+layers, from a checkpoint, or at random.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import inspect
 import os
 import re
@@ -32,6 +33,9 @@ from transformers import (
 from kd_helpers import artifacts, hub
 from kd_helpers.config import PACKAGED_MODEL, PRESETS, DistillConfig
 from kd_helpers.data import packaged_file
+from kd_helpers.runtime import autocast
+
+Batch = dict[str, torch.Tensor]
 
 # Left open, transformers asks at the terminal whether to run the Python files of a checkpoint.
 NO_CODE = {"trust_remote_code": False}
@@ -54,13 +58,11 @@ def checkpoint_path(name: str) -> str:
 
 
 def checkpoint_version(name: str) -> str:
-    """What changes when a checkpoint does: the hub's commit, or a digest of a folder's weights."""
+    """What changes when a checkpoint does: the hub's commit, or a digest of every file of a folder that matters."""
     if name == PACKAGED_MODEL:
         return name
     if Path(name).is_dir():
-        return artifacts.fingerprint(
-            {path.name: artifacts.file_digest(path) for path in Path(name).glob("*.safetensors")}
-        )
+        return artifacts.model_folder_digest(Path(name))
     hub.require_hub(name)
     return f"{name}@{hub.commit(name)}"
 
@@ -89,7 +91,7 @@ def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreT
     """A pre-trained encoder with a classification head for `label_names`.
 
     A checkpoint that brings a trained head keeps it, with the head's rows in the order of `label_names`. Any other
-    gets a fresh one, drawn from `seed`: until it is trained its answers are guesses.
+    gets a fresh one, drawn from `seed`; until it is trained its predictions are at chance level.
 
     Raises:
         ValueError: the checkpoint's head is for other labels.
@@ -224,20 +226,20 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def require_eval_mode(teacher: nn.Module) -> None:
-    """Refuse a teacher in train mode, where dropout makes its answers random.
+    """Refuse a teacher in train mode, where dropout makes its logits random.
 
     Raises:
         ValueError: it is in train mode.
     """
     if teacher.training:
-        raise ValueError("the teacher is in train mode, so dropout changes its answers; call freeze(teacher) first.")
+        raise ValueError("the teacher is in train mode, so dropout changes its logits; call freeze(teacher) first.")
 
 
 def require_teacher_and_student(teacher: nn.Module | None, student: nn.Module) -> None:
     """Refuse two models that can't be teacher and student.
 
     Args:
-        teacher: None where its answers are known already.
+        teacher: None where its logits are cached already.
         student: the model that is to learn.
 
     Raises:
@@ -286,21 +288,51 @@ def _encoder_size(name: str) -> int:
         return count_parameters(AutoModel.from_config(AutoConfig.from_pretrained(path, **NO_CODE), **NO_CODE))
 
 
-def model_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a batch that this model takes, on its device.
+def model_inputs(model: PreTrainedModel, batch: Batch) -> Batch:
+    """The tensors of a batch that this model's `forward` takes, on its device, without the labels: the loss is ours.
 
-    DistilBERT has no `token_type_ids`; labels stay out, since the loss is ours.
+    DistilBERT, for one, has no `token_type_ids`.
+
+    Raises:
+        TypeError: this is no model of transformers.
     """
-    device = next(model.parameters()).device
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"the model is {type(model).__name__}; give a model of transformers (a PreTrainedModel).")
     accepted = accepted_inputs(type(model))
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name in accepted}
+    return {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items() if name in accepted}
 
 
 @functools.cache
 def accepted_inputs(model_class: type[nn.Module]) -> frozenset[str]:
-    """Which of the tensors that a tokenizer makes a kind of model reads."""
-    parameters = inspect.signature(model_class.forward).parameters
-    return frozenset({"input_ids", "attention_mask", "token_type_ids"} & set(parameters))
+    """The names of the tensors that a kind of model reads, labels left out."""
+    return frozenset(inspect.signature(model_class.forward).parameters) - {"self", "labels"}
+
+
+def teacher_forward(teacher: PreTrainedModel, batch: Batch, precision: torch.dtype | None = None) -> torch.Tensor:
+    """The teacher logits of one batch: float32 `[N, C]`, without gradient.
+
+    Args:
+        teacher: frozen, see `freeze`.
+        batch: its inputs; columns that it does not take are left out.
+        precision: dtype of the matrix products; None computes in the precision of the code around it.
+
+    Raises:
+        ValueError: the teacher is in train mode, where dropout makes its logits random.
+    """
+    require_eval_mode(teacher)
+    as_asked = contextlib.nullcontext() if precision is None else autocast(teacher.device, precision)
+    with torch.no_grad(), as_asked:
+        return teacher(**model_inputs(teacher, batch)).logits.float()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        # Viewed as bytes, since NumPy does not know bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def count_parameters(model: nn.Module) -> int:

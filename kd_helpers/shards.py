@@ -1,8 +1,9 @@
-"""Chapter 16: a teacher's answers to more texts than memory holds.
+"""Chapter 16: teacher logits for more texts than fit into memory.
 
-The texts are a stream in shards, as `datasets` reads files. Each is answered once and becomes a Parquet file, whole
-or not at all, with the token ids and the answers side by side. Processes share the shards out; one that is killed loses
-the shard in hand. The files are read back as a stream that the Trainer takes.
+The texts are a stream in shards, as `datasets` reads files. The teacher runs over each shard once, and the shard
+becomes a Parquet file, complete or not at all, with token ids and teacher logits side by side. Processes divide the
+shards among themselves; one that is killed loses only the shard that it was working on. The files are read back as a
+stream that the Trainer accepts.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from transformers import PreTrainedTokenizerBase
 from kd_helpers import artifacts
 from kd_helpers.data import evaluation_batches
 from kd_helpers.losses import IGNORE_INDEX
-from kd_helpers.teacher_logits import ask, weights_digest
+from kd_helpers.models import teacher_forward, weights_digest
+from kd_helpers.provenance import made_by
 
 ROWS = 1024  # texts held in memory at a time
-ANSWERS = "answers.parquet"
+LOGITS = "teacher_logits.parquet"
 
 
-def answer_shards(
+def cache_shards(
     teacher: nn.Module,
     texts: datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -38,11 +40,11 @@ def answer_shards(
     max_length: int,
     precision: torch.dtype = torch.float32,
 ) -> None:
-    """Ask the teacher about every text of a stream, shard by shard; shards that are done are left alone.
+    """Run the teacher over every text of a stream, shard by shard; shards that are done are left alone.
 
-    Under `accelerate launch` or `torchrun` process p of P takes the shards p, p + P, … and returns when they are done;
-    `missing_shards` tells about all. A stream is known only once it is read: that the texts are those of the last time
-    is for you to see to.
+    Under `accelerate launch` or `torchrun`, process p of P takes the shards p, p + P, … and returns when they are done;
+    `missing_shards` looks at all of them. A stream is not known before it is read, so make sure yourself that the texts
+    are the same as the last time.
 
     Args:
         teacher: a frozen classifier.
@@ -50,7 +52,7 @@ def answer_shards(
             (`load_dataset(…, streaming=True)` has one for each file, `to_iterable_dataset(num_shards=…)` as many
             as you like).
         tokenizer: cuts the texts for teacher and student alike, which must have the same vocabulary.
-        folder: where the answers go, a folder for each shard.
+        folder: where the logits go, a folder for each shard.
         max_length: tokens of a text that are kept.
         precision: of the teacher's matrix products.
 
@@ -64,57 +66,57 @@ def answer_shards(
     folder = Path(folder)
     # What a launcher tells each of its processes; they need not talk to each other here.
     process, processes = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-    made_of = {
+    provenance = {
+        **made_by("kd_helpers.shards"),
         "teacher": weights_digest(teacher),
         "vocabulary": artifacts.fingerprint(tokenizer.get_vocab()),
         "max_length": max_length,
         "precision": str(precision),
         "shards": texts.num_shards,
     }
-    artifacts.require_same(folder, made_of)
+    artifacts.require_same(folder, provenance)
     mine = range(process, texts.num_shards, processes)
-    for index in tqdm(mine, desc="Asking the teacher", unit="shard", leave=False):
+    for index in tqdm(mine, desc="Running the teacher", unit="shard", leave=False):
         shard = texts.shard(num_shards=texts.num_shards, index=index)
 
-        def answer(target: Path, shard: datasets.IterableDataset = shard) -> None:
+        def run(target: Path, shard: datasets.IterableDataset = shard) -> None:
             writer = None
             for rows in shard.batch(ROWS):
-                table = pa.table(_answered(teacher, rows, tokenizer, max_length, precision))
-                writer = writer or pq.ParquetWriter(target / ANSWERS, table.schema)
+                table = pa.table(_with_teacher_logits(teacher, rows, tokenizer, max_length, precision))
+                writer = writer or pq.ParquetWriter(target / LOGITS, table.schema)
                 writer.write_table(table)
             if writer is not None:
                 writer.close()
 
-        artifacts.get_or_build(folder / f"{index:06d}", answer)
+        artifacts.get_or_build(folder / f"{index:06d}", run)
 
 
-def _answered(
+def _with_teacher_logits(
     teacher: nn.Module, rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, precision: Any
 ) -> dict[str, list[Any]]:
-    """The columns of some texts, with the answers, in the order of the texts."""
+    """The columns of some texts, with the teacher logits, in the order of the texts."""
     count = len(rows["text"])
     encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
     labels = [IGNORE_INDEX if label is None else label for label in rows.get("label", [None] * count)]
     columns = {**encoded, "label": labels}
     lengths = [len(tokens) for tokens in encoded["input_ids"]]
     numbered = datasets.Dataset.from_dict({**columns, "id": range(count), "length": lengths})
-    answers: np.ndarray | None = None
+    rows_of_logits: dict[int, np.ndarray] = {}
     for batch in evaluation_batches(numbered, tokenizer):
-        logits = ask(teacher, batch, precision).cpu().numpy()
-        answers = np.empty((count, logits.shape[1]), dtype=np.float32) if answers is None else answers
-        answers[batch["id"].numpy()] = logits
-    return {**columns, "teacher_logits": list(answers)}
+        logits = teacher_forward(teacher, batch, precision).cpu().numpy()
+        rows_of_logits |= dict(zip(batch["id"].tolist(), logits, strict=True))
+    return {**columns, "teacher_logits": [rows_of_logits[row] for row in range(count)]}
 
 
 def missing_shards(folder: str | Path) -> list[int]:
-    """The numbers of the shards that are not answered yet, or damaged."""
+    """The numbers of the shards that have no teacher logits yet, or are damaged."""
     folder = Path(folder)
-    count = artifacts.load_json(folder / artifacts.MADE_OF)["shards"]
+    count = artifacts.load_json(folder / artifacts.PROVENANCE)["shards"]
     return [index for index in range(count) if not artifacts.is_intact(folder / f"{index:06d}")]
 
 
 def read_shards(folder: str | Path) -> datasets.IterableDataset:
-    """The texts with their answers as a stream: token ids, `label` (−100 for none) and `teacher_logits`.
+    """The texts with their teacher logits as a stream: token ids, `label` (−100 for none) and `teacher_logits`.
 
     Raises:
         FileNotFoundError: a shard is missing or damaged.
@@ -122,8 +124,8 @@ def read_shards(folder: str | Path) -> datasets.IterableDataset:
     folder = Path(folder)
     if missing := missing_shards(folder):
         raise FileNotFoundError(
-            f"{folder} lacks {len(missing):,} shards (the first is {missing[0]}); run answer_shards again, which makes "
+            f"{folder} lacks {len(missing):,} shards (the first is {missing[0]}); run cache_shards again, which makes "
             "what is missing."
         )
-    files = sorted(str(path) for path in folder.glob(f"[0-9]*/{ANSWERS}"))
+    files = sorted(str(path) for path in folder.glob(f"[0-9]*/{LOGITS}"))
     return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)

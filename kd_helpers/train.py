@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import re
 import sys
@@ -28,13 +27,21 @@ import safetensors
 from accelerate.utils import broadcast_object_list
 from transformers import DataCollatorWithPadding, HfArgumentParser, TrainingArguments
 
-from kd_helpers import __version__, artifacts
+from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
-from kd_helpers.data import PAD_TO_MULTIPLE_OF, load_splits, require_disjoint, tokenize
-from kd_helpers.models import checkpoint_version, load_student, load_tokenizers, warn_if_swapped
-from kd_helpers.teacher_logits import attach
+from kd_helpers.data import PAD_TO_MULTIPLE_OF, dataset_digest, tokenize
+from kd_helpers.loop import DivergedError
+from kd_helpers.models import checkpoint_version, load_student, warn_if_swapped
+from kd_helpers.provenance import made_by
+from kd_helpers.resolve import resolve
+from kd_helpers.teacher import attach, fine_tuned_teacher, load_teacher_logits, warn_if_teacher_at_chance
 from kd_helpers.trainer import DistillationTrainer
-from kd_helpers.training import DivergedError, dataset_digest, fine_tuned_teacher, teacher_answers, warn_of_guessing
+
+DESCRIPTION = (
+    "Distil a student with the Hugging Face Trainer, in one process or, started by accelerate or torchrun, in many. "
+    "The first arguments below are the course's own, the rest are those of transformers.TrainingArguments. The same "
+    "command after a crash continues from the last checkpoint in --output_dir."
+)
 
 # What the Trainer has arguments of its own for; every other choice of `DistillConfig` is an argument here.
 OF_THE_TRAINER = (
@@ -45,6 +52,7 @@ OF_THE_TRAINER = (
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
+    "lean",
     "precision",
     "device",
     "seed",
@@ -99,18 +107,13 @@ class CourseArguments(TrainingArguments):
 def _choices() -> type:
     """A dataclass of the fields of `DistillConfig` that the Trainer has no argument for, with their help."""
     types = typing.get_type_hints(DistillConfig)
-    documented = dict(re.findall(r"^    (\w+): (.+)$", inspect.getdoc(DistillConfig) or "", re.MULTILINE))
     own = [
-        (
-            field.name,
-            types[field.name],
-            dataclasses.field(default=field.default, metadata={"help": documented[field.name]}),
-        )
+        (field.name, types[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
         for field in dataclasses.fields(DistillConfig)
         if field.name not in OF_THE_TRAINER
     ]
     online = dataclasses.field(
-        default=False, metadata={"help": "ask the teacher for every batch instead of once for every text"}
+        default=False, metadata={"help": "run the teacher on every batch instead of caching its logits"}
     )
     return dataclasses.make_dataclass("Choices", [*own, ("online", bool, online)])
 
@@ -118,7 +121,7 @@ def _choices() -> type:
 Choices = _choices()
 
 
-def configuration(choices: Any, args: TrainingArguments) -> DistillConfig:
+def config_from_arguments(choices: Any, args: TrainingArguments) -> DistillConfig:
     """The `DistillConfig` that both kinds of arguments amount to; it refuses values outside their range."""
     own = {name: value for name, value in dataclasses.asdict(choices).items() if name != "online"}
     return DistillConfig(
@@ -143,13 +146,11 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         ValueError: the arguments make no sense, or `args.output_dir` was begun with others.
         DivergedError: a loss is not finite.
     """
-    config = configuration(choices, args)
-    data = load_splits(config)
-    require_disjoint(data)
-    tokenizers = load_tokenizers(config)
+    setup = resolve(config_from_arguments(choices, args))
+    config, data, tokenizer = setup.config, setup.data, setup.tokenizers.student
     out = Path(args.output_dir)
-    made_of = {
-        "package": __version__,
+    provenance = {
+        **made_by("kd_helpers.train"),
         **{name: value for name, value in config.to_dict().items() if name not in THAT_MOVE},
         **{name: str(getattr(args, name)) for name in THAT_MATTER},
         "online": choices.online,
@@ -158,23 +159,23 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
     }
     with args.main_process_first(local=False, desc="the folder"):
         if args.process_index == 0 and not any((*out.glob("checkpoint-*"), *out.glob("student"))):
-            (out / artifacts.MADE_OF).unlink(missing_ok=True)  # of an attempt that came to nothing
-        artifacts.require_same(out, made_of)
+            (out / artifacts.PROVENANCE).unlink(missing_ok=True)  # of an attempt that came to nothing
+        artifacts.require_same(out, provenance)
     texts = {
-        split: tokenize(getattr(data, split), tokenizers.student, config.max_length)
+        split: tokenize(getattr(data, split), tokenizer, config.max_length)
         for split in ("student_train", "validation", "test")
     }
     teacher = None
     if config.alpha > 0:
         warn_if_swapped(config)
-        asked, labelled = ("validation", data.validation) if choices.online else ("student_train", data.train)
-        with args.main_process_first(local=False, desc="the teacher and its answers"):  # the others find them
-            answers = teacher_answers(config, data, asked)
-        warn_of_guessing(answers, labelled)
+        split, labelled = ("validation", data.validation) if choices.online else ("student_train", data.train)
+        with args.main_process_first(local=False, desc="the teacher and its logits"):  # the others find them
+            teacher_logits = load_teacher_logits(setup, split)
+        warn_if_teacher_at_chance(teacher_logits, labelled)
         if choices.online:
-            teacher = fine_tuned_teacher(config, data, tokenizers.teacher)
+            teacher = fine_tuned_teacher(setup)
         else:
-            texts["student_train"] = attach(texts["student_train"], answers)
+            texts["student_train"] = attach(texts["student_train"], teacher_logits)
     trainer = DistillationTrainer(
         load_student(config, data.label_names),
         args,
@@ -183,8 +184,8 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         alpha=config.alpha,
         train_dataset=texts["student_train"],
         eval_dataset=texts["validation"],
-        processing_class=tokenizers.student,
-        data_collator=DataCollatorWithPadding(tokenizers.student, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF),
     )
     # One process looks: on a shared disk they could see different ones.
     found = last_whole_checkpoint(out, processes=args.world_size) if args.process_index == 0 else None
@@ -229,13 +230,13 @@ def _have_weights(checkpoint: Path) -> bool:
     return True
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m kd_helpers.train") -> int:
     """Read the command line and distil.
 
     Returns:
         Exit status: 0, 1 if training diverged, or 2 for a request that can't be met.
     """
-    parser = HfArgumentParser((Choices, CourseArguments), description=(__doc__ or "").splitlines()[0])
+    parser = HfArgumentParser((Choices, CourseArguments), prog=prog, description=DESCRIPTION)
     choices, args = parser.parse_args_into_dataclasses(arguments)
     try:
         metrics = distil(choices, args)

@@ -17,11 +17,12 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 from transformers.trainer_utils import EvalLoopOutput
 
 from kd_helpers.config import require_alpha, require_temperature
+from kd_helpers.loop import require_finite
 from kd_helpers.losses import IGNORE_INDEX, DistillationLoss, distillation_loss
+from kd_helpers.metrics import classification_metrics
 from kd_helpers.models import accepted_inputs, freeze, require_teacher_and_student
-from kd_helpers.training import classification_metrics, require_finite
 
-ANSWERS = "teacher_logits"  # the column with the teacher's answers
+TEACHER_LOGITS = "teacher_logits"  # the column of the cached teacher logits
 
 
 class DistillationTrainer(Trainer):
@@ -36,14 +37,15 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student.
         args: the Trainer's arguments; label smoothing must be off, since the teacher takes its place.
-        teacher_model: a teacher to ask for every batch. It is frozen, placed (and under FSDP sharded) by accelerate,
-            and neither trained nor saved. None reads its answers from the column `teacher_logits`, `[C]` a text.
+        teacher_model: a teacher that runs on every batch (online). It is frozen, placed (and under FSDP sharded) by
+            accelerate, and neither trained nor saved. None reads cached logits from the column `teacher_logits`, `[C]`
+            for each text.
         temperature: T of the soft loss.
         alpha: weight of the soft loss; at 0 no teacher is needed.
         compute_metrics: as the Trainer's; the course's five measures if left out.
         options: everything else that a Trainer takes.
 
-    Texts to evaluate need no teacher's answers: `eval_loss` is the hard loss where there are none.
+    Texts to evaluate need no teacher logits: `eval_loss` is the hard loss where there are none.
 
     Raises:
         ValueError: there is no teacher where one is needed or two where there should be one, the texts have no labels,
@@ -112,7 +114,7 @@ class DistillationTrainer(Trainer):
 
     def _teacher_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         if self.teacher is None:
-            return inputs.get(ANSWERS)
+            return inputs.get(TEACHER_LOGITS)
         with torch.no_grad():
             return self.teacher(**{name: inputs[name] for name in self.teacher_inputs if name in inputs}).logits
 
@@ -159,10 +161,10 @@ class DistillationTrainer(Trainer):
         return min(rows, max(0, loader.remainder - self.args.process_index * rows))
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Columns of the dataset that are kept: what the teacher reads or has answered, too."""
+        """Columns of the dataset that are kept: also the teacher's inputs, and its cached logits."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += [ANSWERS, *sorted(self.teacher_inputs - set(self._signature_columns))]
+            self._signature_columns += [TEACHER_LOGITS, *sorted(self.teacher_inputs - set(self._signature_columns))]
 
     def _place(self, teacher: PreTrainedModel) -> nn.Module:
         known = len(self.accelerator._models)
@@ -198,11 +200,11 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Add a batch to the sums of soft loss, hard loss and agreement, and to how many texts each is the sum of."""
         texts, labelled = here
-        answered, agreed = torch.zeros_like(texts), torch.zeros_like(texts)
+        taught, agreed = torch.zeros_like(texts), torch.zeros_like(texts)
         if teacher_logits is not None:
-            answered, agreed = texts, (student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).sum()
+            taught, agreed = texts, (student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).sum()
         # Kept on the device: a GPU need not be waited for until something is logged.
-        sums = (answered * loss.soft, labelled * loss.hard, agreed, answered, labelled)
+        sums = (taught * loss.soft, labelled * loss.hard, agreed, taught, labelled)
         self.sums[training] += torch.stack([value.detach().float() for value in sums])
 
     def _no_sums(self) -> torch.Tensor:
@@ -217,15 +219,15 @@ class DistillationTrainer(Trainer):
         """Add `soft_loss`, `hard_loss` and `fidelity` to the losses that the Trainer logs, over all processes."""
         for name in [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]:
             prefix, training = name.removesuffix("loss"), name == "loss"
-            soft, hard, agreed, answered, labelled = self.accelerator.reduce(self.sums[training], "sum").tolist()
+            soft, hard, agreed, taught, labelled = self.accelerator.reduce(self.sums[training], "sum").tolist()
             self.sums[training] = self._no_sums()
-            if answered:
-                logs |= {f"{prefix}soft_loss": soft / answered, f"{prefix}fidelity": agreed / answered}
+            if taught:
+                logs |= {f"{prefix}soft_loss": soft / taught, f"{prefix}fidelity": agreed / taught}
             if labelled:
                 logs |= {f"{prefix}hard_loss": hard / labelled}
             if not training:  # the Trainer's own is a mean over batches, repeated texts included
-                alpha = self.alpha if answered else 0.0
-                logs[name] = alpha * soft / max(answered, 1) + (1 - alpha) * hard / max(labelled, 1)
+                alpha = self.alpha if taught else 0.0
+                logs[name] = alpha * soft / max(taught, 1) + (1 - alpha) * hard / max(labelled, 1)
         super().log(logs, start_time)
 
 
@@ -244,15 +246,15 @@ def _require_labels_and_one_teacher(teacher_model: nn.Module | None, alpha: floa
             f"train_dataset has the columns {', '.join(columns)}; add a column 'label', with {IGNORE_INDEX} for texts "
             "that have none."
         )
-    if teacher_model is not None and ANSWERS in columns:
+    if teacher_model is not None and TEACHER_LOGITS in columns:
         raise ValueError(
-            f"there is a teacher_model, and train_dataset has a column {ANSWERS!r}; drop one of them, so that it is "
-            "clear who teaches."
+            f"there is a teacher_model, and train_dataset has a column {TEACHER_LOGITS!r}; drop one of them, so that "
+            "it is clear who teaches."
         )
-    if teacher_model is None and ANSWERS not in columns and alpha > 0:
+    if teacher_model is None and TEACHER_LOGITS not in columns and alpha > 0:
         raise ValueError(
-            f"alpha is {alpha} but there is no teacher; give a teacher_model, a column {ANSWERS!r} in train_dataset "
-            "(teacher_logits.attach makes it), or alpha=0."
+            f"alpha is {alpha} but there is no teacher; give a teacher_model, a column {TEACHER_LOGITS!r} in "
+            "train_dataset (teacher.attach makes it), or alpha=0."
         )
 
 

@@ -1,20 +1,15 @@
-"""What several test modules share. Models here are tiny and random unless a test says otherwise."""
+"""Fixtures of all tests; `support` has the functions. Models are tiny and random unless a test says otherwise."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
-import hub_cache
 import pytest
 import torch
 from hypothesis import settings
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-)
+from support import hub_cache
 
 from kd_helpers import artifacts
 from kd_helpers.config import PACKAGED_MODEL, DistillConfig
@@ -31,9 +26,6 @@ LONGEST = ("test_results", "test_papermill", "test_doors", "test_sweep", "test_t
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that no process waits for one that began last; one of them tunes the teacher."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-
-
-LABELS = {0: "negative", 1: "neutral", 2: "positive"}
 
 
 @pytest.fixture
@@ -54,6 +46,15 @@ def own_artifacts_but_teacher(own_artifacts: Path, monkeypatch: pytest.MonkeyPat
         (shared / kept).mkdir(parents=True, exist_ok=True)
         (own_artifacts / kept).symlink_to(shared / kept, target_is_directory=True)
     return own_artifacts
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A process that is forked has no more threads than the one that forked it, whatever torch thinks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -84,26 +85,3 @@ def small_data():
 def tokenized(splits, tokenizer):
     """128 short training texts, the last 32 without a label."""
     return tokenize(splits.student_train, tokenizer, max_length=24)
-
-
-def tiny_bert(layers: int = 2, *, dropout: float = 0.1, seed: int = 0, classes: int = 3):
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(
-            hidden_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            intermediate_size=64,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-            num_labels=classes,
-            id2label={index: LABELS.get(index, f"class {index}") for index in range(classes)},
-        )
-    )
-
-
-def tiny_distilbert(*, seed: int = 0):
-    torch.manual_seed(seed)
-    return DistilBertForSequenceClassification(
-        DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, num_labels=3)
-    )

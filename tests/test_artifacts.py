@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from pathlib import Path
 
 import pytest
+from support.processes import build_slowly
 
 from kd_helpers import artifacts
 
@@ -65,19 +65,9 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert artifacts.is_intact(tmp_path / "thing")
 
 
-def _slow_build(root: str) -> None:
-    def build(target: Path) -> None:
-        time.sleep(0.3)
-        with (Path(root) / "builds.log").open("a") as log:
-            log.write("built\n")
-        (target / "a.txt").write_text("whole")
-
-    artifacts.get_or_build(Path(root) / "thing", build)
-
-
 def test_many_processes_build_once(tmp_path):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_slow_build, args=(str(tmp_path),)) for _ in range(3)]
+    processes = [context.Process(target=build_slowly, args=(tmp_path,)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -20,17 +20,27 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_bert, tiny_distilbert
 from nbformat.v4 import new_code_cell, new_notebook
+from support.models import tiny_bert, tiny_distilbert
 
-from kd_helpers import artifacts, hub, models, sweep, training
-from kd_helpers.config import DistillConfig, pick_device
-from kd_helpers.course import SWEPT
+from kd_helpers import artifacts, hub, loop, models, runs
+from kd_helpers.config import DistillConfig
+from kd_helpers.course.full_sweep import SWEPT
 from kd_helpers.data import DataSplits, load_splits, require_disjoint, tokenize, training_batches
+from kd_helpers.experiments import sweep
 from kd_helpers.losses import distillation_loss, hard_loss, soft_loss, soft_targets
-from kd_helpers.models import copy_layers, freeze, head_order, require_teacher_and_student
+from kd_helpers.metrics import Predictions
+from kd_helpers.models import (
+    copy_layers,
+    freeze,
+    head_order,
+    model_inputs,
+    require_teacher_and_student,
+    teacher_forward,
+)
 from kd_helpers.optim import make_optimizer, make_scheduler
-from kd_helpers.teacher_logits import TeacherLogits, ask
+from kd_helpers.runtime import pick_device
+from kd_helpers.teacher import TeacherLogits
 
 NAMES = ("negative", "neutral", "positive")
 LONGEST_SENTENCE = 350
@@ -117,6 +127,7 @@ CONFIGURATION = [
         ValueError,
         "max_length is 513; give a whole number from 3 to 512.",
     ),
+    Case("lean that is 1", config(lean=1), TypeError, "lean is 1; give True or False."),
     Case("negative seed", config(seed=-1), ValueError, "seed is -1; give a whole number from 0 to 4294967295."),
     Case(
         "nothing but warm-up",
@@ -165,6 +176,12 @@ CONFIGURATION = [
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
 PROBABILITIES = LOGITS.softmax(dim=-1)
+TOKENS = torch.zeros(2, 5, 7)
+ONE_ROW_FOR_EACH = (
+    "the logits have shape SHAPE; this loss takes one row of class logits for each example, [N, C]. For the logits of "
+    "tokens, [B, L, V], use the token losses vocabulary_soft_loss and masked_language_loss of "
+    "kd_helpers.methods.hidden_losses, which take a mask."
+)
 
 LOSSES = [
     Case(
@@ -172,6 +189,24 @@ LOSSES = [
         lambda world: soft_loss(LOGITS, LOGITS[:, :2], 2.0),
         ValueError,
         "student logits have shape (2, 3) but teacher logits (2, 2); both need the same examples and the same classes.",
+    ),
+    Case(
+        "logits of tokens",
+        lambda world: distillation_loss(TOKENS, TOKENS, torch.zeros(2, 5).long(), temperature=2.0, alpha=0.5),
+        ValueError,
+        ONE_ROW_FOR_EACH.replace("SHAPE", "(2, 5, 7)"),
+    ),
+    Case(
+        "logits of tokens for the soft loss",
+        lambda world: soft_loss(TOKENS, TOKENS, 2.0),
+        ValueError,
+        ONE_ROW_FOR_EACH.replace("SHAPE", "(2, 5, 7)"),
+    ),
+    Case(
+        "logits of one text",
+        lambda world: hard_loss(LOGITS[0], torch.tensor(1)),
+        ValueError,
+        ONE_ROW_FOR_EACH.replace("SHAPE", "(3,)"),
     ),
     Case(
         "label that is no class",
@@ -258,9 +293,21 @@ TEACHER_AND_STUDENT = [
     ),
     Case(
         "teacher in train mode",
-        lambda world: ask(tiny_bert().train(), {"input_ids": torch.tensor([[101, 102]])}, torch.float32),
+        lambda world: teacher_forward(tiny_bert().train(), {"input_ids": torch.tensor([[101, 102]])}),
         ValueError,
-        "the teacher is in train mode, so dropout changes its answers; call freeze(teacher) first.",
+        "the teacher is in train mode, so dropout changes its logits; call freeze(teacher) first.",
+    ),
+    Case(
+        "module in place of a model",
+        lambda world: model_inputs(torch.nn.Linear(2, 2), {"input_ids": torch.tensor([[101, 102]])}),
+        TypeError,
+        "the model is Linear; give a model of transformers (a PreTrainedModel).",
+    ),
+    Case(
+        "function in place of a model",
+        lambda world: model_inputs(lambda input_ids: input_ids, {"input_ids": torch.tensor([[101, 102]])}),
+        TypeError,
+        "the model is function; give a model of transformers (a PreTrainedModel).",
     ),
     Case(
         "head for other labels",
@@ -330,16 +377,17 @@ TEACHER_LOGITS = [
         "the teacher's logits are not all finite; it diverged, so fine-tune it anew.",
     ),
     Case(
-        "answers that are probabilities",
+        "teacher logits that are probabilities",
         lambda world: TeacherLogits(torch.arange(2), PROBABILITIES),
         ValueError,
         "the teacher's logits are probabilities (every row sums to 1); give the outputs before the softmax.",
     ),
     Case(
-        "answers about other classes",
+        "teacher logits for other classes",
         lambda world: TeacherLogits(torch.arange(2), LOGITS).require_classes(("ham", "spam")),
         ValueError,
-        "the teacher answers with 3 classes, the data has 2 (ham, spam); take the answers of a teacher for these.",
+        "the teacher logits are for 3 classes, the data has 2 (ham, spam); use a teacher that was trained for these "
+        "classes.",
     ),
 ]
 
@@ -375,7 +423,7 @@ def splits_that_overlap(world: World) -> None:
 
 def trained_on_test(world: World) -> object:
     train = datasets.concatenate_datasets([world.splits.train, world.splits.test])
-    return training.distill(DistillConfig(alpha=0.0), data=dataclasses.replace(world.splits, train=train))
+    return runs.distill(DistillConfig(alpha=0.0), data=dataclasses.replace(world.splits, train=train))
 
 
 OTHER_FORMATS = (
@@ -488,13 +536,31 @@ BASELINE = DistillConfig(alpha=0.0, batch_size=16, precision="float32", device="
 
 def train(world: World, student: torch.nn.Module, config: DistillConfig = BASELINE) -> None:
     batches = training_batches(world.tokenized, world.tokenizer, config.batch_size, seed=0)
-    training.train(student, batches, None, config=config, precision=torch.float32, description="")
+    loop.train_classifier(student, batches, config=config, precision=torch.float32, description=None)
 
 
-def one_epoch(student: torch.nn.Module, batches: Any) -> training.EpochLosses:
+def one_epoch(student: torch.nn.Module, batches: Any) -> loop.EpochLosses:
     optimizer = make_optimizer(student, learning_rate=1e-3, weight_decay=0.0)
-    return training.distill_epoch(
+    return loop.distill_epoch(
         student, batches, optimizer, make_scheduler(optimizer, steps=1), temperature=2.0, alpha=0.0
+    )
+
+
+class Squared(NamedTuple):
+    total: torch.Tensor
+
+
+def fitted(batches: Any, **options: Any) -> object:
+    """Fit a line of one weight."""
+    line = torch.nn.Linear(1, 1)
+    return loop.fit(
+        line,
+        batches,
+        lambda batch: Squared(line(batch["x"]).square().sum()),
+        optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
+        scheduler=torch.optim.lr_scheduler.ConstantLR,
+        description=None,
+        **options,
     )
 
 
@@ -509,40 +575,40 @@ def too_little_memory(batch_size: int) -> Callable[[World], None]:
         def fail(*arguments: object, **options: object) -> None:
             raise MemoryError
 
-        world.patch.setattr(training, "distill_epoch", fail)
+        world.patch.setattr(loop, "training_step", fail)
         train(world, tiny_bert(), BASELINE.replace(batch_size=batch_size))
 
     return call
 
 
 def finished_run(world: World) -> dict[str, Any]:
-    """Save a run in the folder `run`, without the training; returns what it was made of."""
-    made_of = {"config": BASELINE.to_dict(), "texts": "abc"}
-    predictions = training.Predictions(torch.arange(2), LOGITS, torch.tensor([0, 1]))
+    """Save a run in the folder `run`, without the training; returns its provenance."""
+    provenance = {"config": BASELINE.to_dict(), "texts": "abc"}
+    predictions = Predictions(torch.arange(2), LOGITS, torch.tensor([0, 1]))
     metrics = {"test": {"accuracy": 1.0}, "labelled": 64, "unlabelled": 0, "steps": 4}
-    run = training.DistillResult(BASELINE, tiny_bert(), world.tokenizer, [], metrics, predictions, world.here / "run")
-    training.save_run(run, made_of)
-    return made_of
+    run = runs.DistillResult(BASELINE, tiny_bert(), world.tokenizer, [], metrics, predictions, world.here / "run")
+    runs.save_run(run, provenance)
+    return provenance
 
 
 def a_run_with_another_seed(world: World) -> None:
-    made_of = finished_run(world)
-    training.find_run(world.here / "run", made_of | {"config": BASELINE.replace(seed=1).to_dict()})
+    provenance = finished_run(world)
+    runs.find_run(world.here / "run", provenance | {"config": BASELINE.replace(seed=1).to_dict()})
 
 
 def a_run_on_other_texts(world: World) -> None:
-    training.find_run(world.here / "run", finished_run(world) | {"texts": "abd"})
+    runs.find_run(world.here / "run", finished_run(world) | {"texts": "abd"})
 
 
 def a_damaged_run(world: World) -> None:
     finished_run(world)
     world.file("[]", "run/history.json")
-    training.load_run("run")
+    runs.load_run("run")
 
 
-def answers_of_another_teacher(world: World) -> None:
+def logits_of_another_teacher(world: World) -> None:
     ids = torch.tensor(world.splits.student_train["id"][:])
-    training.distill(BASELINE, data=world.splits, answers=TeacherLogits(ids, torch.zeros(len(ids), 4)))
+    runs.distill(BASELINE, data=world.splits, teacher_logits=TeacherLogits(ids, torch.zeros(len(ids), 4)))
 
 
 TRAINING = [
@@ -553,9 +619,33 @@ TRAINING = [
         "there are no batches to train on; give at least one.",
     ),
     Case(
+        "fewer batches than steps",
+        lambda world: fitted([{"x": torch.ones(1)}] * 2, steps=3),
+        ValueError,
+        "3 steps need as many batches, there are 2; give more, or a loader.",
+    ),
+    Case(
+        "stream that ends too soon",
+        lambda world: fitted(iter([{"x": torch.ones(1)}] * 2), steps=3),
+        ValueError,
+        "3 steps need as many batches, the stream had 2; give more, or a loader.",
+    ),
+    Case(
+        "no steps",
+        lambda world: fitted([{"x": torch.ones(1)}], steps=0),
+        ValueError,
+        "steps is 0; give a whole number of at least 1.",
+    ),
+    Case(
+        "lean training of a list",
+        lambda world: fitted([{"x": torch.ones(1)}], steps=1, lean=True),
+        ValueError,
+        "lean training needs a loader of tokenized texts; give one, or lean=False.",
+    ),
+    Case(
         "training that diverges",
         a_student_with_bad_weights,
-        training.DivergedError,
+        loop.DivergedError,
         "training diverged at step 1 (total nan, soft 0, hard nan, gradient norm nan): lower the learning "
         "rate, or train in float32.",
     ),
@@ -563,20 +653,20 @@ TRAINING = [
         "too little memory",
         too_little_memory(batch_size=16),
         MemoryError,
-        "a step with batch_size=16 needs more memory than there is; try batch_size=8.",
+        "a step with batch_size=16 and 24 tokens a text needs more memory than there is; try batch_size=8.",
     ),
     Case(
         "too little memory for one text",
         too_little_memory(batch_size=1),
         MemoryError,
-        "a step with batch_size=1 needs more memory than there is; try a max_length below 128.",
+        "a step with batch_size=1 and 24 tokens a text needs more memory than there is; try a max_length below 24.",
     ),
     Case(
-        "answers of another teacher",
-        answers_of_another_teacher,
+        "logits of another teacher",
+        logits_of_another_teacher,
         ValueError,
-        "the teacher answers with 4 classes, the data has 3 (negative, neutral, positive); take the answers of a "
-        "teacher for these.",
+        "the teacher logits are for 4 classes, the data has 3 (negative, neutral, positive); use a teacher that was "
+        "trained for these classes.",
     ),
     Case(
         "folder of another run",
@@ -588,12 +678,11 @@ TRAINING = [
         "folder of a run on other texts",
         a_run_on_other_texts,
         ValueError,
-        "{here}/run holds a finished run with other texts, answers, machine or package version; choose another "
-        "output_dir, or delete it.",
+        "{here}/run holds a finished run with other texts; choose another output_dir, or delete it.",
     ),
     Case(
         "folder without a run",
-        lambda world: training.load_run(world.here),
+        lambda world: runs.load_run(world.here),
         FileNotFoundError,
         "{here} holds no finished run; give the folder of one.",
     ),
@@ -621,7 +710,7 @@ def swept_notebook(parameters: str) -> Callable[[World], sweep.Notebook]:
 
 
 def a_sweep_of_another_notebook(world: World) -> None:
-    plan = {"notebook": "other", "made_of": {}, "settings": []}
+    plan = {"notebook": "other", "provenance": {}, "settings": []}
     artifacts.save_json(world.here / "plan.json", plan | {"digest": artifacts.fingerprint(plan)})
     sweep.sweep(notebook(world), {"x": [1]}, out=world.here)
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from kd_helpers.config import PRESETS, DistillConfig, pick_device, pick_precision, seed_everything
+from kd_helpers.config import PRESETS, DistillConfig, settings_help
 
 BAD_VALUES = [
     ("temperature", 0, ValueError, "greater than 0"),
@@ -42,6 +42,7 @@ BAD_VALUES = [
     ("max_grad_norm", 0, ValueError, "greater than 0"),
     ("weight_decay", -0.1, ValueError, "0 or greater"),
     ("warmup_ratio", 1.0, ValueError, "below 1"),
+    ("lean", 1, TypeError, "True or False"),
 ]
 
 
@@ -81,38 +82,24 @@ def test_whole_numbers_and_floats_are_one_setting():
 
 
 def test_every_field_is_documented():
-    for field in DistillConfig.__dataclass_fields__:
-        assert f"        {field}: " in DistillConfig.__doc__
+    for field in dataclasses.fields(DistillConfig):
+        explanation = field.metadata["help"]
+        assert len(explanation.split()) >= 3, field.name
+        assert settings_help()[field.name] == explanation
+    assert list(settings_help()) == [field.name for field in dataclasses.fields(DistillConfig)]
+
+
+def test_lean_is_on_unless_it_is_turned_off():
+    assert DistillConfig().lean is True
+    assert DistillConfig(lean=False).to_dict()["lean"] is False
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None])
+def test_lean_takes_no_stand_in_for_true_and_false(value):
+    with pytest.raises(TypeError, match=rf"^lean is {value!r}; give True or False\.$"):
+        DistillConfig(lean=value)
 
 
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, kd_helpers, kd_helpers.config; kd_helpers.DistillConfig(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_device_that_is_absent_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(ValueError, match="lacks"):
-        pick_device("cuda")
-    assert pick_device("auto").type in ("cpu", "mps")
-
-
-def test_precision_can_be_forced():
-    assert pick_precision("float32", torch.device("cpu")) == torch.float32
-    assert pick_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
-
-
-def test_seed_everything_repeats_draws():
-    seed_everything(5)
-    first = torch.rand(3)
-    seed_everything(5)
-    assert torch.equal(first, torch.rand(3))
-
-
-def test_seeding_calls_exp_on_a_single_value_first(monkeypatch):
-    """Else the first large call may be imprecise in one of its threads, and one seed would give two results."""
-    sizes = []
-    monkeypatch.setattr(torch, "exp", lambda values: sizes.append(values.numel()))
-    seed_everything(0)
-    assert sizes == [1]

@@ -17,37 +17,26 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import tiny_bert
-from test_resume import same_run
+from support.models import tiny_bert
+from support.runs import same_run, tiny_config
 
-from kd_helpers import artifacts, checkpoints, sweep, training
+from kd_helpers import artifacts, checkpoints, loop, runs, teacher
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, training_batches
+from kd_helpers.experiments import sweep
+from kd_helpers.loop import DivergedError, distill_epoch, train_classifier
 from kd_helpers.losses import DistillationLoss
-from kd_helpers.models import load_saved, load_tokenizer, save_model
+from kd_helpers.models import load_saved
 from kd_helpers.optim import make_optimizer, make_scheduler
-from kd_helpers.training import DivergedError, distill, distill_epoch, find_run, load_run, train
+from kd_helpers.resolve import resolve
+from kd_helpers.runs import distill, find_run, load_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:the teacher names the class of")  # these are too small to learn
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher is at chance level")  # these are too small to learn
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tokenizer) -> DistillConfig:
-    folder = tmp_path_factory.mktemp("models")
-    for name, layers in (("teacher", 2), ("student", 1)):
-        save_model(folder / name, tiny_bert(layers), tokenizer)
-    return DistillConfig(
-        teacher_checkpoint=str(folder / "teacher"),
-        student_checkpoint=str(folder / "student"),
-        train_size=64,
-        epochs=2,
-        batch_size=16,
-        max_length=24,
-        teacher_epochs=1,
-        teacher_train_size=64,
-        device="cpu",
-        precision="float32",
-    )
+    return tiny_config(tmp_path_factory.mktemp("models"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +90,7 @@ def test_a_file_that_can_not_grow_is_said_and_the_run_goes_on_later(own_artifact
 def test_a_full_disk_is_said_wherever_it_strikes_and_the_run_goes_on_later(
     tmp_path, monkeypatch, config, data, whole, kilobytes
 ):
-    """The sizes are those at which the teacher, its answers, a checkpoint, the run and its last files meet the end."""
+    """The sizes are those at which the teacher, its logits, a checkpoint, the run and its last files meet the end."""
     with disk(tmp_path / "disk", f"size={kilobytes}k") as remount:
         monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "disk" / "artifacts"))
         with pytest.raises(OSError, match=r"can't be written: the disk is full; free some space, then run again"):
@@ -181,16 +170,16 @@ DAMAGES = (truncate, flip_a_bit, empty, Path.unlink)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("name", [*training.RUN_FILES, "student/model.safetensors", "student/config.json"])
+@pytest.mark.parametrize("name", [*runs.RUN_FILES, "student/model.safetensors", "student/config.json"])
 def test_a_damaged_run_is_never_read(tmp_path, whole, name, damage):
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
-    made_of = artifacts.load_json(folder / "made_of.json")
+    provenance = artifacts.load_json(folder / artifacts.PROVENANCE)
     damage(folder / name)
     with pytest.raises(ValueError, match=rf"is damaged \({name}\); delete it and run again\.$"):
         load_run(folder)
     with pytest.warns(UserWarning, match="; it is made again"):
-        assert find_run(folder, made_of) is None
+        assert find_run(folder, provenance) is None
 
 
 def test_a_damaged_run_is_made_again(own_artifacts, config, data, whole):
@@ -203,12 +192,12 @@ def test_a_damaged_run_is_made_again(own_artifacts, config, data, whole):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "history.json", artifacts.MANIFEST])
 def test_a_damaged_teacher_is_said_and_tuned_again(own_artifacts, config, data, name):
-    tokenizer = load_tokenizer(config.teacher_source)
-    weights = [training.fine_tuned_teacher(config, data, tokenizer).state_dict()]
+    setup = resolve(config, data)
+    weights = [teacher.fine_tuned_teacher(setup).state_dict()]
     (folder,) = (own_artifacts / "teachers").glob("[!.]*")
     flip_a_bit(folder / name)
     with pytest.warns(UserWarning, match="damaged; it is built anew"):
-        weights.append(training.fine_tuned_teacher(config, data, tokenizer).state_dict())
+        weights.append(teacher.fine_tuned_teacher(setup).state_dict())
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
@@ -228,7 +217,7 @@ def test_a_finished_run_of_other_parameters_is_neither_taken_nor_overwritten(own
     with pytest.raises(ValueError, match=r"holds a finished run with temperature 2.0 \(now 4.0\); choose another"):
         distill(config.replace(temperature=4.0), data=data, output_dir=tmp_path / "run")
     other = dataclasses.replace(data, train=data.train.select(range(60)))
-    with pytest.raises(ValueError, match="holds a finished run with other texts, answers"):
+    with pytest.raises(ValueError, match="holds a finished run with other texts, other teacher logits; choose another"):
         distill(config, data=other, output_dir=tmp_path / "run")
     assert same_run(first, load_run(tmp_path / "run"))
 
@@ -262,16 +251,13 @@ def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
         pass
 
 
-def test_two_processes_make_one_run(own_artifacts, config, data, whole):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has no others
+def test_two_processes_make_one_run(own_artifacts, one_thread, config, data, whole):
     fork = multiprocessing.get_context("fork")
     both = [fork.Process(target=distill, args=(config,), kwargs={"data": data}) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join()
-    torch.set_num_threads(threads)
     assert [process.exitcode for process in both] == [0, 0]
     assert same_run(whole, distill(config, data=data))
     for kind in ("teachers", "teacher_logits", "runs"):
@@ -282,9 +268,9 @@ def test_two_processes_make_one_run(own_artifacts, config, data, whole):
 # Training that can't go on
 
 
-def small_run(tokenized, tokenizer, **options):
-    batches = training_batches(tokenized, tokenizer, 16, seed=0)
-    return train(tiny_bert(), batches, None, precision=torch.float32, description="", **options)
+def small_run(tokenized, tokenizer, *, batch_size: int = 16, **options):
+    batches = training_batches(tokenized, tokenizer, batch_size, seed=0)
+    return train_classifier(tiny_bert(), batches, description=None, **options)
 
 
 def test_a_run_that_diverges_stops_and_says_where(tmp_path, monkeypatch, tokenized, tokenizer):
@@ -294,7 +280,7 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path, monkeypatch, tokeniz
         seen.append(1)
         return DistillationLoss(*([student_logits.sum() * (torch.inf if len(seen) == 11 else 1e-3)] * 3))
 
-    monkeypatch.setattr(training, "distillation_loss", burst)
+    monkeypatch.setattr(loop, "distillation_loss", burst)
     with pytest.raises(DivergedError) as caught:
         small_run(tokenized, tokenizer, config=DistillConfig(alpha=0.0), checkpoints=tmp_path)
     sentence = str(caught.value)
@@ -321,21 +307,26 @@ def test_a_learning_rate_that_is_far_too_high_is_a_divergence(own_artifacts, con
         distill(config.replace(learning_rate=1e30, alpha=0.0), data=data)
 
 
-@pytest.mark.parametrize(("batch_size", "remedy"), [(16, "try batch_size=8"), (1, "try a max_length below 128")])
+@pytest.mark.parametrize(("batch_size", "remedy"), [(16, "try batch_size=8."), (1, "try a max_length below {length}.")])
 def test_too_little_memory_says_what_to_try(monkeypatch, tokenized, tokenizer, batch_size, remedy):
     def greedy(*given, **options):
         return torch.empty(2**46, dtype=torch.uint8)  # more than any machine has
 
-    monkeypatch.setattr(training, "distillation_loss", greedy)
-    with pytest.raises(MemoryError, match=f"batch_size={batch_size} needs more memory than there is; {remedy}"):
-        small_run(tokenized, tokenizer, config=DistillConfig(alpha=0.0, batch_size=batch_size))
+    monkeypatch.setattr(loop, "distillation_loss", greedy)
+    length = next(iter(training_batches(tokenized, tokenizer, batch_size, seed=0)))["input_ids"].shape[1]
+    with pytest.raises(MemoryError) as caught:
+        small_run(tokenized, tokenizer, batch_size=batch_size, config=DistillConfig(alpha=0.0))
+    assert str(caught.value) == (
+        f"a step with batch_size={batch_size} and {length} tokens a text needs more memory than there is; "
+        f"{remedy.format(length=length)}"
+    )
 
 
 def test_an_error_of_another_kind_passes_as_it_is(monkeypatch, tokenized, tokenizer):
     def broken(*given, **options):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(training, "distillation_loss", broken)
+    monkeypatch.setattr(loop, "distillation_loss", broken)
     with pytest.raises(RuntimeError, match=r"^something else$"):
         small_run(tokenized, tokenizer, config=DistillConfig(alpha=0.0))
 

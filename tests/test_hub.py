@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 
-import hub_cache
 import pytest
 import torch
-from conftest import tiny_bert, tiny_distilbert
+from support import hub_cache
+from support.models import tiny_bert, tiny_distilbert
 
-from kd_helpers import data, hub, models, training
+from kd_helpers import data, hub, models, runs
 from kd_helpers.config import DistillConfig
 from kd_helpers.models import load_classifier, load_student, load_teacher, load_tokenizers, save_model
-from kd_helpers.teacher_logits import attach
+from kd_helpers.resolve import resolve
+from kd_helpers.teacher import attach, load_teacher_logits
 
 NAMES = ("negative", "neutral", "positive")
 
@@ -127,7 +128,7 @@ def test_no_network_is_said_within_five_seconds(monkeypatch, answers):
         monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hub.huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         for call in (
-            lambda: training.distill(DistillConfig(preset="bert")),
+            lambda: runs.distill(DistillConfig(preset="bert")),
             lambda: data.load_splits(DistillConfig(data="someone/texts")),
             lambda: load_teacher(DistillConfig(teacher_checkpoint="someone/model"), NAMES),
         ):
@@ -163,13 +164,13 @@ def test_a_head_for_other_labels_is_refused(tmp_path, tokenizer, labels):
 def test_a_teacher_that_is_tuned_already_teaches_as_it_is(own_artifacts, tmp_path, tokenizer, small_data):
     folder = folder_with(tmp_path, hub_cache.sentiment_model(NAMES), tokenizer)
     config = DistillConfig(teacher_checkpoint=folder, teacher_epochs=0, train_size=64, max_length=24)
-    answers = training.teacher_answers(config, small_data, "train")
+    teacher_logits = load_teacher_logits(resolve(config, small_data), "train")
     teacher = models.freeze(load_teacher(config, NAMES))
     tokenized = data.tokenize(small_data.train.select([7]), tokenizer, 24)
     (batch,) = data.evaluation_batches(tokenized, tokenizer)
     with torch.no_grad():
         again = teacher(**models.model_inputs(teacher, batch)).logits
-    torch.testing.assert_close(answers.lookup(batch["id"]), again, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(teacher_logits.lookup(batch["id"]), again, atol=0.02, rtol=0.02)
     assert not (own_artifacts / "teachers").exists()
 
 
@@ -186,14 +187,14 @@ def test_teacher_and_student_may_cut_texts_differently(own_artifacts, tmp_path, 
     )
     tokenizers = load_tokenizers(config)
     assert tokenizers.teacher("good day").input_ids != tokenizers.student("good day").input_ids
-    answers = training.teacher_answers(config, small_data, "student_train")
+    teacher_logits = load_teacher_logits(resolve(config, small_data), "student_train")
     texts = data.tokenize(small_data.student_train, tokenizers.student, config.max_length)
-    row = attach(texts, answers)[5]
+    row = attach(texts, teacher_logits)[5]
     encoded = tokenizer(small_data.student_train["text"][5], return_tensors="pt")
     with torch.no_grad():
         wanted = teacher.eval()(**encoded).logits[0]
     torch.testing.assert_close(torch.tensor(row["teacher_logits"]), wanted, atol=1e-4, rtol=1e-4)
-    result = training.distill(config, data=small_data)
+    result = runs.distill(config, data=small_data)
     saved = models.load_tokenizer(str(result.folder / "student"))
     assert saved("good day").input_ids == words("good day").input_ids
 

@@ -4,16 +4,17 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_distilbert
 from scipy import stats
+from support.models import tiny_bert, tiny_distilbert
 from torch import nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM
 
 from kd_helpers.data import evaluation_batches, training_batches
 from kd_helpers.lean import CoarseDropout, SeenRows, coarse_dropout, lean_training
+from kd_helpers.loop import distill_epoch
+from kd_helpers.metrics import predict
 from kd_helpers.optim import make_optimizer, make_scheduler
-from kd_helpers.training import distill_epoch, predict
 
 
 @pytest.fixture(params=[tiny_bert, tiny_distilbert])

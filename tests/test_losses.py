@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kd_helpers.losses import DistillationLoss, distillation_loss, hard_loss, soft_loss, soft_targets
+from kd_helpers.methods import hidden_losses
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 20.0)
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -196,6 +197,35 @@ def test_other_bad_input_is_refused():
     labels[0] = 4
     with pytest.raises(ValueError, match="label 4 is out of range; labels run from 0 to 3"):
         hard_loss(student, labels)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (7,), (), (3, 7, 7)], ids=str)
+def test_logits_that_are_not_one_row_for_each_example_are_refused(shape):
+    """With a third dimension the soft loss would be too large, and a square `[B, C, C]` would pass for labels."""
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    labels = torch.zeros(shape[:-1], dtype=torch.int64)
+    for call in (
+        lambda: soft_loss(student, teacher, 2.0),
+        lambda: hard_loss(student, labels),
+        lambda: distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5),
+        lambda: distillation_loss(student, None, labels, temperature=2.0, alpha=0.0),
+        lambda: distillation_loss(student, teacher, labels, temperature=2.0, alpha=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"one row of class logits for each example, \[N, C\]") as caught:
+            call()
+        sentence = str(caught.value)
+        assert sentence.startswith(f"the logits have shape {shape};")
+        for name in ("vocabulary_soft_loss", "masked_language_loss"):
+            assert name in sentence
+            assert callable(getattr(hidden_losses, name)), "the sentence sends a reader there"
+        assert hidden_losses.__name__ in sentence
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 5, 7)], ids=str)
+def test_soft_targets_take_any_shape(shape):
+    targets = soft_targets(torch.randn(shape), 2.0)
+    assert targets.shape == shape
+    assert_close(targets.sum(dim=-1), torch.ones(shape[:-1]))
 
 
 def test_loss_is_a_named_triple():

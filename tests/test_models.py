@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import tiny_bert, tiny_distilbert
+from support.models import tiny_bert, tiny_distilbert
+from torch import nn
 from torch.testing import assert_close
+from transformers import BartConfig, BartForSequenceClassification, T5Config, T5ForSequenceClassification
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.models import (
+    checkpoint_version,
     copy_layers,
     count_parameters,
     freeze,
@@ -14,6 +21,7 @@ from kd_helpers.models import (
     load_teacher,
     model_inputs,
     random_like,
+    save_model,
 )
 from kd_helpers.optim import make_optimizer, make_scheduler
 
@@ -104,6 +112,87 @@ def test_inputs_a_model_does_not_take_stay_out():
     }
     assert set(model_inputs(tiny_bert(), batch)) == {"input_ids", "attention_mask", "token_type_ids"}
     assert set(model_inputs(tiny_distilbert(), batch)) == {"input_ids", "attention_mask"}
+
+
+def tiny_t5() -> T5ForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    return T5ForSequenceClassification(T5Config(**sizes, vocab_size=20, decoder_start_token_id=0, num_labels=3))
+
+
+def tiny_bart() -> BartForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForSequenceClassification(BartConfig(**sizes, **heads, d_model=16, vocab_size=20, num_labels=3))
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
+def test_a_model_with_a_decoder_gets_its_inputs(make):
+    model = make().eval()
+    end = model.config.eos_token_id
+    both = {
+        "input_ids": torch.tensor([[5, 6, 7, end], [7, 8, 9, end]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]),
+        "decoder_input_ids": torch.tensor([[0, 9, 8, 12], [0, 13, 14, 11]]),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]),
+    }
+    others = {
+        "labels": torch.tensor([1, 2]),
+        "id": torch.tensor([7, 8]),
+        "length": torch.tensor([4, 4]),
+        "teacher_logits": torch.zeros(2, 3),
+    }
+    inputs = model_inputs(model, both | others)
+    assert inputs.keys() == both.keys()
+    assert all(torch.equal(inputs[name], both[name]) for name in both)
+    encoder_alone = {name: both[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model(**both).logits
+        assert torch.equal(model(**inputs).logits, expected)
+        assert not torch.equal(model(**encoder_alone).logits, expected), "the decoder's inputs matter"
+
+
+@pytest.mark.parametrize(("thing", "kind"), [(nn.Linear(2, 2), "Linear"), (lambda input_ids: input_ids, "function")])
+def test_what_is_no_model_of_transformers_is_refused(thing, kind):
+    sentence = rf"^the model is {kind}; give a model of transformers \(a PreTrainedModel\)\.$"
+    with pytest.raises(TypeError, match=sentence):
+        model_inputs(thing, {"input_ids": torch.tensor([[101, 102]])})
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def other_weights(folder: Path) -> None:
+    tiny_bert(1, seed=9).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: edit_json(folder / "config.json", hidden_act="relu"),
+        lambda folder: edit_json(folder / "tokenizer.json", truncation={"max_length": 3}),
+        lambda folder: edit_json(folder / "tokenizer_config.json", do_lower_case=False),
+        lambda folder: (folder / "vocab.txt").write_text("[PAD]"),
+        other_weights,
+    ],
+    ids=["config.json", "tokenizer.json", "tokenizer_config.json", "a file that is added", "weights"],
+)
+def test_the_version_of_a_folder_follows_every_file_that_matters(tmp_path, tokenizer, change):
+    save_model(tmp_path / "model", tiny_bert(1), tokenizer)
+    before = checkpoint_version(str(tmp_path / "model"))
+    (tmp_path / "model" / "README.md").write_text("how it was made")
+    assert checkpoint_version(str(tmp_path / "model")) == before
+    change(tmp_path / "model")
+    assert checkpoint_version(str(tmp_path / "model")) != before
+
+
+def test_the_version_of_a_folder_does_not_depend_on_where_it_is(tmp_path, tokenizer):
+    save_model(tmp_path / "model", tiny_bert(1), tokenizer)
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    versions = [checkpoint_version(str(tmp_path / name)) for name in ("model", "moved")]
+    assert versions[0] == versions[1]
 
 
 def test_biases_and_layer_norms_do_not_decay():

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.testing import assert_close
 
-from kd_helpers import artifacts, data, teacher_logits
+from kd_helpers import artifacts, data, teacher
 from kd_helpers.config import DEVICES, PRECISIONS, PRESETS, STUDENT_INITS, DistillConfig
 from kd_helpers.data import BucketBatchSampler, DataSplits, LengthSortedBatchSampler
 from kd_helpers.losses import IGNORE_INDEX, distillation_loss, hard_loss, soft_loss
-from kd_helpers.teacher_logits import TeacherLogits
-from kd_helpers.training import classification_metrics
+from kd_helpers.metrics import classification_metrics
+from kd_helpers.teacher import TeacherLogits
 
 # Logits drawn from so few numbers can look like probabilities, and the losses say so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*look like probabilities")
@@ -151,12 +151,12 @@ def test_a_batch_is_padded_as_little_as_can_be_and_loses_nothing(tokenizer, text
             "attention_mask": [[1] * len(ids) for ids in tokens],
         }
     )
-    # In another order than the texts: answers are found by id.
-    answers = TeacherLogits(
+    # In another order than the texts: logits are found by id.
+    teacher_logits = TeacherLogits(
         torch.tensor(list(rows)).flip(0), torch.tensor([r["logits"] for r in rows.values()]).flip(0)
     )
     seen = []
-    for batch in data.training_batches(teacher_logits.attach(tokenized, answers), tokenizer, batch_size, seed=seed):
+    for batch in data.training_batches(teacher.attach(tokenized, teacher_logits), tokenizer, batch_size, seed=seed):
         wanted = [rows[text_id] for text_id in batch["id"].tolist()]
         longest = max(len(row["tokens"]) for row in wanted)
         width = batch["input_ids"].shape[1]
@@ -212,8 +212,8 @@ def test_shards_cut_into_batches_are_the_batches_of_the_whole(texts, batches_in_
     lengths = np.random.default_rng(seed).integers(1, 60, texts)
     tokenized = datasets.Dataset.from_dict({"id": range(texts), "length": lengths})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_logits, "SHARD", 64 * batches_in_a_shard)
-        shards = list(teacher_logits._shards(tokenized))
+        patch.setattr(teacher, "SHARD", 64 * batches_in_a_shard)
+        shards = list(teacher._shards(tokenized))
     assert all(len(shard) == 64 * batches_in_a_shard for shard in shards[:-1])
 
     def ids(part: datasets.Dataset) -> list[list[int]]:
@@ -374,6 +374,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "teacher_learning_rate": st.none() | above_0(10) | st.integers(1, 10),
     "precision": st.sampled_from(PRECISIONS),
     "device": st.sampled_from(DEVICES),
+    "lean": st.booleans(),
     "seed": seeds,
 }
 DATA_ALONE = {"data": VALID["data"]}  # without it there may be no other files
@@ -517,11 +518,11 @@ def reordered(value: Any, order: random.Random) -> Any:
 
 
 @given(st.dictionaries(st.text(), contents, min_size=1, max_size=5), st.randoms(use_true_random=False), scalars)
-def test_a_fingerprint_follows_every_value_but_no_order(made_of, order, other):
-    assert artifacts.fingerprint(reordered(made_of, order)) == artifacts.fingerprint(made_of)
-    key = order.choice(sorted(made_of))
-    same = json.dumps(made_of[key]) == json.dumps(other)
-    assert (artifacts.fingerprint(made_of | {key: other}) == artifacts.fingerprint(made_of)) == same
+def test_a_fingerprint_follows_every_value_but_no_order(provenance, order, other):
+    assert artifacts.fingerprint(reordered(provenance, order)) == artifacts.fingerprint(provenance)
+    key = order.choice(sorted(provenance))
+    same = json.dumps(provenance[key]) == json.dumps(other)
+    assert (artifacts.fingerprint(provenance | {key: other}) == artifacts.fingerprint(provenance)) == same
 
 
 @given(contents, st.binary(max_size=200), st.binary(max_size=200))

@@ -9,21 +9,22 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_bert
+from support.models import tiny_bert
+from support.runs import same_run, tiny_config
 
-from kd_helpers import artifacts, checkpoints, teacher_logits, training
+from kd_helpers import artifacts, checkpoints, loop, runs, teacher
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, evaluation_batches, training_batches
-from kd_helpers.models import freeze, save_model
+from kd_helpers.models import freeze, teacher_forward
 from kd_helpers.optim import make_optimizer, make_scheduler
-from kd_helpers.training import DistillResult, distill, train
+from kd_helpers.resolve import resolve
+from kd_helpers.runs import distill
 
-pytestmark = pytest.mark.filterwarnings("ignore:the teacher names the class of")  # these are too small to learn
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher is at chance level")  # these are too small to learn
 
 KILLS = 40
 STEPS = 16
@@ -38,22 +39,7 @@ def data(small_data) -> DataSplits:
 def config(tmp_path_factory, tokenizer) -> DistillConfig:
     """Four epochs of four steps, with models so small that a run takes a second or two."""
     folder = tmp_path_factory.mktemp("models")
-    for name, layers in (("teacher", 2), ("student", 1)):
-        save_model(folder / name, tiny_bert(layers), tokenizer)
-    return DistillConfig(
-        teacher_checkpoint=str(folder / "teacher"),
-        student_checkpoint=str(folder / "student"),
-        train_size=64,
-        epochs=4,
-        batch_size=16,
-        max_length=24,
-        teacher_epochs=4,
-        teacher_train_size=64,
-        alpha=0.5,
-        learning_rate=1e-3,
-        device="cpu",
-        precision="float32",
-    )
+    return tiny_config(folder, tokenizer, epochs=4, teacher_epochs=4, alpha=0.5, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +48,13 @@ def alone(config) -> DistillConfig:
     return config.replace(teacher_epochs=0, alpha=0.0)
 
 
-def same_run(one: DistillResult, other: DistillResult) -> bool:
-    """Weights, history, predictions and all measures, save for the time it took."""
-    weights = [result.student.state_dict() for result in (one, other)]
-    measures = [{name: value for name, value in run.metrics.items() if name != "seconds"} for run in (one, other)]
-    return (
-        all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-        and one.history == other.history
-        and torch.equal(one.predictions.logits, other.predictions.logits)
-        and measures[0] == measures[1]
-    )
-
-
 def distil_in(config: DistillConfig, data: DataSplits) -> None:
     """What a process does that is going to be killed."""
     distill(config, data=data, checkpoint_steps=1)
 
 
 def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, monkeypatch, one_thread, config, data):
-    """SIGKILL strikes the tuning of the teacher, its answers, the student's training and the saving, where it may."""
+    """SIGKILL strikes the tuning of the teacher, its logits, the student's training and the saving, where it may."""
     monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "whole"))
     start = time.monotonic()
     whole = distill(config, data=data)
@@ -111,15 +85,6 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, monke
     assert not list(folder.glob("checkpoints/[!.]*"))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A process that is forked has no more threads than the one that forked it, whatever torch thinks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class InterruptionError(Exception):
     pass
 
@@ -147,29 +112,30 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(own_artifacts, monkeypatch, alo
         patch.setattr(torch.optim.AdamW, "step", interrupted(torch.optim.AdamW.step, after=after))
         with pytest.raises(InterruptionError):
             distill(alone, data=data, **options)
-    made = []
-    monkeypatch.setattr(training, "distill_epoch", counting(training.distill_epoch, made))
+    made = count_steps(monkeypatch)
     assert same_run(whole, distill(alone, data=data, **options))
     kept = max(after // 4 * 4, after // checkpoint_steps * checkpoint_steps if checkpoint_steps else 0)
-    assert sum(made) == STEPS - kept
+    assert made == list(range(kept + 1, STEPS + 1))
 
 
-def counting(distill_epoch, made: list[int]):
-    """`distill_epoch`, writing down how many steps it made."""
+def count_steps(monkeypatch) -> list[int]:
+    """The numbers of the optimiser steps that are made from now on."""
+    made, training_step = [], loop.training_step
 
     def call(*arguments, **options):
-        losses = distill_epoch(*arguments, **options)
-        made.append(len(losses.total))
-        return losses
+        values = training_step(*arguments, **options)
+        made.append(options["number"])
+        return values
 
-    return call
+    monkeypatch.setattr(loop, "training_step", call)
+    return made
 
 
 def test_a_finished_run_is_found_again(own_artifacts, monkeypatch, alone, data):
     config = alone.replace(max_steps=3)
     first = distill(config, data=data)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", interrupted(train, after=0))
+        patch.setattr(runs, "train_classifier", interrupted(runs.train_classifier, after=0))
         assert same_run(first, distill(config, data=data))
         with pytest.raises(InterruptionError):
             distill(config, data=data, resume=False)
@@ -178,44 +144,45 @@ def test_a_finished_run_is_found_again(own_artifacts, monkeypatch, alone, data):
 
 def test_beginning_anew_forgets_the_checkpoints(own_artifacts, monkeypatch, alone, data):
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", interrupted(training.evaluate, after=2))
+        patch.setattr(loop, "evaluate", interrupted(loop.evaluate, after=2))
         with pytest.raises(InterruptionError):
             distill(alone, data=data)
-    made = []
-    monkeypatch.setattr(training, "distill_epoch", counting(training.distill_epoch, made))
+    made = count_steps(monkeypatch)
     distill(alone, data=data, resume=False)
-    assert sum(made) == STEPS
+    assert made == list(range(1, STEPS + 1))
 
 
-def test_the_teacher_goes_on_as_well(own_artifacts, monkeypatch, config, data, tokenizer):
+def test_the_teacher_goes_on_as_well(own_artifacts, monkeypatch, config, data):
+    setup = resolve(config, data)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", interrupted(training.evaluate, after=1))
+        patch.setattr(loop, "evaluate", interrupted(loop.evaluate, after=1))
         with pytest.raises(InterruptionError):
-            training.fine_tuned_teacher(config, data, tokenizer)
-    made = []
-    monkeypatch.setattr(training, "distill_epoch", counting(training.distill_epoch, made))
-    teacher = training.fine_tuned_teacher(config, data, tokenizer)
-    assert made == [2, 2, 2]
+            teacher.fine_tuned_teacher(setup)
+    made = count_steps(monkeypatch)
+    resumed = teacher.fine_tuned_teacher(setup)
+    assert made == [3, 4, 5, 6, 7, 8]  # two in each of four epochs, of which the first was finished
     monkeypatch.setenv("KD_ARTIFACTS", str(own_artifacts / "other"))
-    expected = training.fine_tuned_teacher(config, data, tokenizer).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in teacher.state_dict().items())
+    expected = teacher.fine_tuned_teacher(setup).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
 
 
-def test_asking_the_teacher_goes_on_as_well(own_artifacts, monkeypatch, tokenized, tokenizer):
-    monkeypatch.setattr(teacher_logits, "SHARD", 64)
-    teacher = freeze(tiny_bert(seed=1))
+def test_running_the_teacher_goes_on_as_well(own_artifacts, monkeypatch, tokenized, tokenizer):
+    monkeypatch.setattr(teacher, "SHARD", 64)
+    model = freeze(tiny_bert(seed=1))
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_logits, "ask", interrupted(teacher_logits.ask, after=1))
+        patch.setattr(teacher, "teacher_forward", interrupted(teacher.teacher_forward, after=1))
         with pytest.raises(InterruptionError):
-            teacher_logits.cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
-    asked = []
-    monkeypatch.setattr(teacher_logits, "ask", lambda *given: asked.append(len(given[1]["id"])) or training.ask(*given))
-    answers = teacher_logits.cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
-    assert asked == [64]
+            teacher.cached_logits(model, tokenized, tokenizer, precision=torch.float32)
+    rest = []
+    monkeypatch.setattr(
+        teacher, "teacher_forward", lambda *given: rest.append(len(given[1]["id"])) or teacher_forward(*given)
+    )
+    resumed = teacher.cached_logits(model, tokenized, tokenizer, precision=torch.float32)
+    assert rest == [64]
     monkeypatch.setenv("KD_ARTIFACTS", str(own_artifacts / "other"))
-    expected = teacher_logits.cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
-    assert torch.equal(answers.logits, expected.logits)
-    assert torch.equal(answers.ids, expected.ids)
+    expected = teacher.cached_logits(model, tokenized, tokenizer, precision=torch.float32)
+    assert torch.equal(resumed.logits, expected.logits)
+    assert torch.equal(resumed.ids, expected.ids)
 
 
 def a_checkpoint(folder: Path, steps: int = 1):
@@ -280,11 +247,11 @@ def test_seconds_add_up_over_the_processes(own_artifacts, tokenized, tokenizer, 
 
     def go():
         batches = training_batches(tokenized, tokenizer, 32, seed=0)
-        options = {"config": config, "precision": torch.float32, "description": "", "checkpoints": folder}
-        return train(tiny_bert(), batches, held_out, **options)
+        options = {"config": config, "validation": held_out, "description": None, "checkpoints": folder}
+        return loop.train_classifier(tiny_bert(), batches, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", interrupted(training.evaluate, after=1))
+        patch.setattr(loop, "evaluate", interrupted(loop.evaluate, after=1))
         with pytest.raises(InterruptionError):
             go()
     earlier = artifacts.load_json(folder / "step-00000004" / "state.json")["progress"]["seconds"]

@@ -29,21 +29,22 @@ import pytest
 import safetensors
 import torch
 import transformers
-from conftest import tiny_bert
 from hypothesis import given
 from hypothesis import strategies as st
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
+from support.models import tiny_bert
 from transformers import dynamic_module_utils
 
 import kd_helpers
-from kd_helpers import course, pages
 from kd_helpers.config import DATA_FILES, DistillConfig
-from kd_helpers.course import NOTEBOOKS, notebook_paths
+from kd_helpers.course import pages
+from kd_helpers.course.notebooks import NOTEBOOKS, notebook_paths
+from kd_helpers.course.site import site
 from kd_helpers.data import LABEL_NAMES
+from kd_helpers.experiments.sweep import Notebook, plan
 from kd_helpers.models import load_classifier, load_saved, load_tokenizer, save_model, warn_if_swapped
-from kd_helpers.sweep import Notebook, plan
-from kd_helpers.training import distill
+from kd_helpers.runs import distill
 
 # Python imports a `sitecustomize` by itself, at the start of each process that has its folder on PYTHONPATH: also in a
 # notebook's kernel. Each process notes what it tried in a file of its own.
@@ -206,7 +207,7 @@ except ConnectionError as error:
     assert str(sandbox.root / "home" / "gone.txt") in sandbox.noted("write")
 
 
-# The second run finds teacher and answers, and is saved where runs go that nobody named a folder for.
+# The second run finds the teacher and its logits, and is saved where runs go that nobody named a folder for.
 RUN = """
 import dataclasses, os, sys
 from kd_helpers import DistillConfig, distill, load_splits
@@ -491,9 +492,19 @@ transformers.pipeline("text-classification", str(result.folder / "student"))
     assert list(unsafe(code)) == []
 
 
-@pytest.mark.parametrize("path", sorted(Path(kd_helpers.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+PACKAGE = Path(kd_helpers.__file__).parent
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).with_suffix("").as_posix()
+)
 def test_modules_run_no_data(path):
     assert list(unsafe(path.read_text(encoding="utf-8"))) == []
+
+
+def test_the_modules_of_every_folder_are_searched():
+    folders = {path.parent.name for path in PACKAGE.rglob("*.py")}
+    assert {"kd_helpers", "methods", "experiments", "course"} <= folders
 
 
 @functools.cache
@@ -520,7 +531,7 @@ def test_notebooks_run_no_data_and_no_commands(path):
 def with_parameter(name: str) -> Notebook:
     """A notebook that can be swept over a text."""
     types, defaults = {"output_dir": str, name: str}, {"output_dir": "", name: "default"}
-    return Notebook("toy", nbformat.v4.new_notebook(), types, defaults, digest="0")
+    return Notebook("toy", nbformat.v4.new_notebook(), types, defaults, digest="0", made_by={})
 
 
 def require_safe(name: str, out: Path) -> None:
@@ -669,7 +680,7 @@ def test_a_page_is_read_for_all_that_it_loads():
 
 
 def test_the_site_loads_nothing_and_runs_only_what_folds_its_cells(tmp_path):
-    course.site(notebook_paths(), tmp_path)
+    site(notebook_paths(), tmp_path)
     chapters = {path.name: Page(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.html")}
     assert len(chapters) == len(notebook_paths()) + 1
     for name, page in chapters.items():

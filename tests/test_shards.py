@@ -1,4 +1,4 @@
-"""Answers in shards: the cache's, whatever was cut off, and no others'."""
+"""Teacher logits in shards: those of the cache, whatever was cut off, and no others."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import tiny_bert
-from test_trainer import TWO, free_port
+from support.models import tiny_bert
+from support.processes import TWO, free_port
 from torch.testing import assert_close
 
 from kd_helpers import artifacts, shards
 from kd_helpers.models import freeze, save_model
-from kd_helpers.shards import answer_shards, missing_shards, read_shards
-from kd_helpers.teacher_logits import cached_logits
+from kd_helpers.shards import cache_shards, missing_shards, read_shards
+from kd_helpers.teacher import cached_logits
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def stream(raw: datasets.Dataset, count: int = 4) -> datasets.IterableDataset:
     return raw.select_columns(["text", "label"]).to_iterable_dataset(num_shards=count)
 
 
-def test_the_answers_are_those_of_the_cache_in_the_order_of_the_texts(
+def test_the_logits_are_those_of_the_cache_in_the_order_of_the_texts(
     own_artifacts, tmp_path, monkeypatch, teacher, raw, tokenized, tokenizer
 ):
     monkeypatch.setattr(shards, "ROWS", 10)  # several to a shard, the last one smaller
-    answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+    cache_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
     rows = list(read_shards(tmp_path))
     expected = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
     ids = torch.tensor(raw["id"][:])
@@ -49,48 +49,48 @@ def test_the_answers_are_those_of_the_cache_in_the_order_of_the_texts(
 
 
 def test_texts_without_labels_have_none(tmp_path, teacher, raw, tokenizer):
-    answer_shards(teacher, stream(raw).remove_columns("label"), tokenizer, tmp_path, max_length=24)
+    cache_shards(teacher, stream(raw).remove_columns("label"), tokenizer, tmp_path, max_length=24)
     assert {row["label"] for row in read_shards(tmp_path)} == {-100}
 
 
 def test_what_is_done_is_left_alone_and_what_is_missing_or_damaged_is_made(
     tmp_path, monkeypatch, teacher, raw, tokenizer
 ):
-    asked = []
+    batches = []
 
-    def ask(*given):
-        if len(asked) == 2:
+    def run_twice(*given):
+        if len(batches) == 2:
             raise KeyboardInterrupt
-        asked.append(1)
+        batches.append(1)
         return real(*given)
 
-    real = shards.ask
-    monkeypatch.setattr(shards, "ask", ask)
+    real = shards.teacher_forward
+    monkeypatch.setattr(shards, "teacher_forward", run_twice)
     with pytest.raises(KeyboardInterrupt):
-        answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
-    monkeypatch.setattr(shards, "ask", real)
+        cache_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+    monkeypatch.setattr(shards, "teacher_forward", real)
     assert missing_shards(tmp_path) == [2, 3]
-    with pytest.raises(FileNotFoundError, match=r"lacks 2 shards \(the first is 2\); run answer_shards again"):
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 shards \(the first is 2\); run cache_shards again"):
         read_shards(tmp_path)
-    file = tmp_path / "000000" / shards.ANSWERS
+    file = tmp_path / "000000" / shards.LOGITS
     file.write_bytes(file.read_bytes()[:-1])
     assert missing_shards(tmp_path) == [0, 2, 3]
-    kept = (tmp_path / "000001" / shards.ANSWERS).stat().st_mtime_ns
+    kept = (tmp_path / "000001" / shards.LOGITS).stat().st_mtime_ns
     with pytest.warns(UserWarning, match="000000 is damaged; it is built anew"):
-        answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+        cache_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
     assert missing_shards(tmp_path) == []
-    assert (tmp_path / "000001" / shards.ANSWERS).stat().st_mtime_ns == kept
+    assert (tmp_path / "000001" / shards.LOGITS).stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [({"teacher": freeze(tiny_bert(seed=2))}, "teacher"), ({"max_length": 16}, "max_length"), ({"count": 5}, "shards")],
 )
-def test_answers_of_something_else_are_refused(tmp_path, teacher, raw, tokenizer, change, what):
-    answer_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
+def test_logits_of_something_else_are_refused(tmp_path, teacher, raw, tokenizer, change, what):
+    cache_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
     texts = stream(raw, change.get("count", 4))
     with pytest.raises(ValueError, match=rf"was begun with {what} .*; choose another folder, or delete it\."):
-        answer_shards(
+        cache_shards(
             change.get("teacher", teacher), texts, tokenizer, tmp_path, max_length=change.get("max_length", 24)
         )
 
@@ -98,13 +98,13 @@ def test_answers_of_something_else_are_refused(tmp_path, teacher, raw, tokenizer
 def test_a_stream_without_texts_is_refused(tmp_path, teacher, raw, tokenizer):
     reviews = stream(raw).select_columns("text").rename_column("text", "review")
     with pytest.raises(ValueError, match="the texts have the columns review; rename the right one to 'text'"):
-        answer_shards(teacher, reviews, tokenizer, tmp_path, max_length=24)
+        cache_shards(teacher, reviews, tokenizer, tmp_path, max_length=24)
 
 
 def test_a_text_without_a_label_is_marked(tmp_path, teacher, raw, tokenizer):
     """Also where a whole shard has none."""
     texts = datasets.Dataset.from_dict({"text": raw["text"][:8], "label": [None] * 5 + [1, 0, 1]})
-    answer_shards(teacher, texts.to_iterable_dataset(num_shards=2), tokenizer, tmp_path, max_length=24)
+    cache_shards(teacher, texts.to_iterable_dataset(num_shards=2), tokenizer, tmp_path, max_length=24)
     assert [row["label"] for row in read_shards(tmp_path)] == [-100] * 5 + [1, 0, 1]
 
 
@@ -115,7 +115,7 @@ import datasets
 from transformers import AutoTokenizer
 from kd_helpers import artifacts
 from kd_helpers.models import freeze, load_saved
-from kd_helpers.shards import answer_shards
+from kd_helpers.shards import cache_shards
 texts = datasets.load_from_disk("texts").to_iterable_dataset(num_shards=5)
 tokenizer = AutoTokenizer.from_pretrained("teacher")
 made, get_or_build = [], artifacts.get_or_build
@@ -123,7 +123,7 @@ def noted(folder, build):
     if not get_or_build(folder, build):
         made.append(int(folder.name))
 artifacts.get_or_build = noted
-answer_shards(freeze(load_saved(Path("teacher"))), texts, tokenizer, "two", max_length=24)
+cache_shards(freeze(load_saved(Path("teacher"))), texts, tokenizer, "two", max_length=24)
 Path(os.environ["RANK"] + ".json").write_text(json.dumps(made))
 """
 
@@ -136,7 +136,7 @@ def test_processes_share_the_shards_out(tmp_path, teacher, raw, tokenizer):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
-    answer_shards(teacher, stream(raw, 5), tokenizer, tmp_path / "one", max_length=24)
+    cache_shards(teacher, stream(raw, 5), tokenizer, tmp_path / "one", max_length=24)
     assert missing_shards(tmp_path / "two") == []
     for index in range(5):
         files = [tmp_path / way / f"{index:06d}" / artifacts.MANIFEST for way in ("one", "two")]

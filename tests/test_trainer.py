@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,28 +15,28 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import tiny_bert, tiny_distilbert
 from safetensors.torch import load_file
+from support.models import tiny_bert, tiny_distilbert
+from support.processes import TWO, free_port, path_with_tests
+from support.trainer import SOFTENING, arguments, collator
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, EvalPrediction, TrainingArguments
+from transformers import EvalPrediction
 
 from kd_helpers import DistillationTrainer
-from kd_helpers.data import PAD_TO_MULTIPLE_OF
+from kd_helpers.loop import DivergedError, distill_epoch
 from kd_helpers.losses import distillation_loss
+from kd_helpers.metrics import classification_metrics
 from kd_helpers.models import freeze, save_model
 from kd_helpers.optim import make_optimizer, make_scheduler
-from kd_helpers.teacher_logits import attach, cached_logits
+from kd_helpers.teacher import attach, cached_logits
 from kd_helpers.train import last_whole_checkpoint, main
 from kd_helpers.trainer import course_metrics
-from kd_helpers.training import DivergedError, classification_metrics, distill_epoch
-
-SOFTENING = {"temperature": 2.0, "alpha": 0.7}
 
 
 @pytest.fixture
 def teacher():
-    """One with opinions."""
+    """One whose predictions differ clearly from one text to another."""
     model = tiny_bert(seed=1)
     with torch.no_grad():
         model.classifier.weight.mul_(20)
@@ -45,36 +44,14 @@ def teacher():
 
 
 @pytest.fixture
-def answered(own_artifacts, teacher, tokenized, tokenizer) -> datasets.Dataset:
-    """The training texts, 32 of 128 without a label, in an order that mixes them, with the teacher's answers."""
-    answers = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
-    return attach(tokenized, answers).shuffle(seed=0)
+def texts_with_logits(own_artifacts, teacher, tokenized, tokenizer) -> datasets.Dataset:
+    """The training texts, 32 of 128 without a label, in an order that mixes them, with the teacher's logits."""
+    teacher_logits = cached_logits(teacher, tokenized, tokenizer, precision=torch.float32)
+    return attach(tokenized, teacher_logits).shuffle(seed=0)
 
 
 def student():
     return tiny_bert(dropout=0.0)
-
-
-def collator(tokenizer) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
-
-
-def arguments(folder: Path, **changes) -> TrainingArguments:
-    """One epoch over the texts in their order, every step logged."""
-    usual = {
-        "output_dir": str(folder),
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 32,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.01,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**usual | changes)
 
 
 def trained(folder: Path, texts: datasets.Dataset, tokenizer, *, model=None, teacher_model=None, **changes):
@@ -100,13 +77,13 @@ def same_weights(one, other, atol: float = 1e-5) -> None:
         assert_close(value, expected, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_it_is_the_loop(tmp_path, answered, tokenizer):
-    batches = DataLoader(answered, batch_size=32, collate_fn=collator(tokenizer))
+def test_it_is_the_loop(tmp_path, texts_with_logits, tokenizer):
+    batches = DataLoader(texts_with_logits, batch_size=32, collate_fn=collator(tokenizer))
     by_loop = student()
     optimizer = make_optimizer(by_loop, learning_rate=1e-3, weight_decay=0.01)
     scheduler = make_scheduler(optimizer, steps=len(batches))
     losses = distill_epoch(by_loop, batches, optimizer, scheduler, **SOFTENING)
-    trainer = trained(tmp_path, answered, tokenizer)
+    trainer = trained(tmp_path, texts_with_logits, tokenizer)
     for name, expected in (
         ("loss", losses.total),
         ("soft_loss", losses.soft),
@@ -118,9 +95,9 @@ def test_it_is_the_loop(tmp_path, answered, tokenizer):
 
 
 @pytest.mark.parametrize("batch_size", [8, 16, 24])
-def test_accumulated_batches_are_one_batch(tmp_path, answered, tokenizer, batch_size):
+def test_accumulated_batches_are_one_batch(tmp_path, texts_with_logits, tokenizer, batch_size):
     """Also where they differ in how many labels they have, and where the last ones are fewer."""
-    texts = answered.select(range(90))
+    texts = texts_with_logits.select(range(90))
     whole = trained(tmp_path, texts, tokenizer, per_device_train_batch_size=48)
     split = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 48 // batch_size}
     parts = trained(tmp_path, texts, tokenizer, **split)
@@ -129,25 +106,25 @@ def test_accumulated_batches_are_one_batch(tmp_path, answered, tokenizer, batch_
     same_weights(parts.model, whole.model)
 
 
-def test_a_stream_leaves_out_what_does_not_fill_a_step(tmp_path, answered, tokenizer):
+def test_a_stream_leaves_out_what_does_not_fill_a_step(tmp_path, texts_with_logits, tokenizer):
     """Its gradient would else be added to that of the next epoch's first step."""
-    texts = answered.select(range(48)).to_iterable_dataset()
+    texts = texts_with_logits.select(range(48)).to_iterable_dataset()
     split = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
     stream = trained(tmp_path, texts, tokenizer, max_steps=3, learning_rate=1e-12, **split)
-    whole = trained(tmp_path, answered.select(range(32)), tokenizer, learning_rate=1e-12, **split)
+    whole = trained(tmp_path, texts_with_logits.select(range(32)), tokenizer, learning_rate=1e-12, **split)
     for name in ("loss", "grad_norm"):
         assert logged(stream, name) == pytest.approx(logged(whole, name) * 3, abs=1e-5), name
 
 
-def test_online_and_cached_are_the_same(tmp_path, answered, teacher, tokenizer):
-    cached = trained(tmp_path, answered, tokenizer)
-    online = trained(tmp_path, answered.remove_columns("teacher_logits"), tokenizer, teacher_model=teacher)
+def test_online_and_cached_are_the_same(tmp_path, texts_with_logits, teacher, tokenizer):
+    cached = trained(tmp_path, texts_with_logits, tokenizer)
+    online = trained(tmp_path, texts_with_logits.remove_columns("teacher_logits"), tokenizer, teacher_model=teacher)
     assert_close(torch.tensor(logged(online, "loss")), torch.tensor(logged(cached, "loss")), rtol=1e-5, atol=1e-5)
     same_weights(online.model, cached.model)
 
 
-def test_the_last_step_of_an_epoch_may_be_smaller(tmp_path, answered, tokenizer):
-    texts = answered.select(range(40))
+def test_the_last_step_of_an_epoch_may_be_smaller(tmp_path, texts_with_logits, tokenizer):
+    texts = texts_with_logits.select(range(40))
     trainer = trained(tmp_path, texts, tokenizer, per_device_train_batch_size=8, gradient_accumulation_steps=4)
     assert trainer.state.global_step == 2
     assert len(logged(trainer, "loss")) == 2
@@ -156,10 +133,10 @@ def test_the_last_step_of_an_epoch_may_be_smaller(tmp_path, answered, tokenizer)
     assert logged(trainer, "loss") == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_teacher_is_frozen_kept_out_of_the_optimizer_and_never_saved(tmp_path, answered, tokenizer):
+def test_the_teacher_is_frozen_kept_out_of_the_optimizer_and_never_saved(tmp_path, texts_with_logits, tokenizer):
     teacher = tiny_bert(seed=1).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    texts = answered.remove_columns("teacher_logits")
+    texts = texts_with_logits.remove_columns("teacher_logits")
     trainer = trained(tmp_path, texts, tokenizer, teacher_model=teacher, save_strategy="epoch")
     assert not teacher.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -170,17 +147,17 @@ def test_the_teacher_is_frozen_kept_out_of_the_optimizer_and_never_saved(tmp_pat
     assert weights <= saved.stat().st_size < 1.01 * weights + 50_000
 
 
-def test_a_student_that_reads_less_than_its_teacher(tmp_path, answered, teacher, tokenizer):
+def test_a_student_that_reads_less_than_its_teacher(tmp_path, texts_with_logits, teacher, tokenizer):
     """DistilBERT has no token types; its teacher must get them all the same."""
     read = []
     teacher.register_forward_pre_hook(lambda _, args, kwargs: read.append(set(kwargs)), with_kwargs=True)
-    texts = answered.remove_columns("teacher_logits")
+    texts = texts_with_logits.remove_columns("teacher_logits")
     trained(tmp_path, texts, tokenizer, model=tiny_distilbert(), teacher_model=teacher, max_steps=1)
     assert {"input_ids", "attention_mask", "token_type_ids"} in read
 
 
-def test_evaluation_gives_the_measures_of_the_course(tmp_path, answered, teacher, tokenizer):
-    texts = answered.filter(lambda row: row["label"] >= 0)
+def test_evaluation_gives_the_measures_of_the_course(tmp_path, texts_with_logits, teacher, tokenizer):
+    texts = texts_with_logits.filter(lambda row: row["label"] >= 0)
     trainer = DistillationTrainer(
         student(),
         arguments(tmp_path, per_device_eval_batch_size=40),
@@ -194,20 +171,20 @@ def test_evaluation_gives_the_measures_of_the_course(tmp_path, answered, teacher
     logits, labels = torch.tensor(found.predictions), torch.tensor(found.label_ids)
     for name, value in classification_metrics(logits, labels).items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, abs=1e-6)
-    answers = torch.tensor(texts["teacher_logits"][:])
-    expected = distillation_loss(logits, answers, labels, **SOFTENING)
+    teacher_logits = torch.tensor(texts["teacher_logits"][:])
+    expected = distillation_loss(logits, teacher_logits, labels, **SOFTENING)
     assert metrics["eval_soft_loss"] == pytest.approx(expected.soft.item(), abs=1e-5)
     assert metrics["eval_hard_loss"] == pytest.approx(expected.hard.item(), abs=1e-5)
     assert metrics["eval_fidelity"] == pytest.approx(
-        (logits.argmax(-1) == answers.argmax(-1)).float().mean().item(), abs=1e-6
+        (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item(), abs=1e-6
     )
     assert trainer.evaluate()["eval_soft_loss"] == metrics["eval_soft_loss"], "each evaluation counts from zero"
 
 
-def test_texts_to_evaluate_need_no_answers(tmp_path, answered, tokenizer):
-    texts = answered.filter(lambda row: row["label"] >= 0).remove_columns("teacher_logits")
+def test_texts_to_evaluate_need_no_teacher_logits(tmp_path, texts_with_logits, tokenizer):
+    texts = texts_with_logits.filter(lambda row: row["label"] >= 0).remove_columns("teacher_logits")
     trainer = DistillationTrainer(
-        student(), arguments(tmp_path), train_dataset=answered, data_collator=collator(tokenizer), **SOFTENING
+        student(), arguments(tmp_path), train_dataset=texts_with_logits, data_collator=collator(tokenizer), **SOFTENING
     )
     metrics = trainer.evaluate(texts)
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"], abs=1e-4)
@@ -220,8 +197,8 @@ def test_unlabelled_texts_are_not_scored():
     assert course_metrics(EvalPrediction(predictions=logits, label_ids=np.array([0, -100, 1])))["accuracy"] == 0.5
 
 
-def test_the_best_model_is_loaded_and_training_goes_on(tmp_path, answered, tokenizer):
-    labelled = answered.filter(lambda row: row["label"] >= 0)
+def test_the_best_model_is_loaded_and_training_goes_on(tmp_path, texts_with_logits, tokenizer):
+    labelled = texts_with_logits.filter(lambda row: row["label"] >= 0)
     options = {
         "num_train_epochs": 3,
         "eval_strategy": "epoch",
@@ -235,7 +212,7 @@ def test_the_best_model_is_loaded_and_training_goes_on(tmp_path, answered, token
         return DistillationTrainer(
             student(),
             arguments(folder, **options),
-            train_dataset=answered,
+            train_dataset=texts_with_logits,
             eval_dataset=labelled,
             data_collator=collator(tokenizer),
             **SOFTENING,
@@ -256,7 +233,7 @@ def test_the_best_model_is_loaded_and_training_goes_on(tmp_path, answered, token
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; set it to 0"),
         ({"temperature": 0.0}, "temperature is 0.0; give a finite number greater than 0"),
         ({"alpha": 1.5}, "alpha is 1.5; give a finite number between 0"),
-        ({"answers": False}, "alpha is 0.7 but there is no teacher; give a teacher_model, a column 'teacher_logits'"),
+        ({"cached": False}, "alpha is 0.7 but there is no teacher; give a teacher_model, a column 'teacher_logits'"),
         ({"teacher": True}, "there is a teacher_model, and train_dataset has a column 'teacher_logits'; drop one"),
         ({"same": True}, "teacher and student are the same model"),
         (
@@ -265,9 +242,9 @@ def test_the_best_model_is_loaded_and_training_goes_on(tmp_path, answered, token
         ),
     ],
 )
-def test_mistakes_are_named(tmp_path, answered, teacher, tokenizer, options, sentence):
+def test_mistakes_are_named(tmp_path, texts_with_logits, teacher, tokenizer, options, sentence):
     model = student()
-    texts = answered if options.pop("answers", True) else answered.remove_columns("teacher_logits")
+    texts = texts_with_logits if options.pop("cached", True) else texts_with_logits.remove_columns("teacher_logits")
     texts = texts if options.pop("labels", True) else texts.remove_columns("label")
     teacher_model = model if options.pop("same", False) else teacher if options.pop("teacher", False) else None
     softening = SOFTENING | {name: options.pop(name) for name in SOFTENING if name in options}
@@ -277,30 +254,30 @@ def test_mistakes_are_named(tmp_path, answered, teacher, tokenizer, options, sen
         )
 
 
-def test_divergence_stops_the_run(tmp_path, answered, tokenizer):
+def test_divergence_stops_the_run(tmp_path, texts_with_logits, tokenizer):
     with pytest.raises(DivergedError, match=r"at step 2 \(total (nan|inf)"):
-        trained(tmp_path, answered, tokenizer, learning_rate=1e30)
+        trained(tmp_path, texts_with_logits, tokenizer, learning_rate=1e30)
 
 
-def test_a_bad_gradient_leaves_the_weights_alone(tmp_path, answered, tokenizer):
+def test_a_bad_gradient_leaves_the_weights_alone(tmp_path, texts_with_logits, tokenizer):
     model = student()
     model.classifier.bias.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(DivergedError, match=r"at step 1 \(gradient norm nan\)"):
-        trained(tmp_path, answered, tokenizer, model=model)
+        trained(tmp_path, texts_with_logits, tokenizer, model=model)
     same_weights(model, student(), atol=0)
 
 
-def test_a_teacher_does_not_keep_the_student_from_being_prepared(tmp_path, answered, teacher, tokenizer):
+def test_a_teacher_does_not_keep_the_student_from_being_prepared(tmp_path, texts_with_logits, teacher, tokenizer):
     """accelerate gives a model that it prepares for bfloat16 another `forward`."""
-    labelled = answered.filter(lambda row: row["label"] >= 0).remove_columns("teacher_logits")
+    labelled = texts_with_logits.filter(lambda row: row["label"] >= 0).remove_columns("teacher_logits")
     options = {"train_dataset": labelled, "eval_dataset": labelled, "data_collator": collator(tokenizer), **SOFTENING}
     trainer = DistillationTrainer(student(), arguments(tmp_path, bf16=True), teacher_model=teacher, **options)
     trainer.evaluate()
     assert hasattr(trainer.model_wrapped, "_original_forward")
 
 
-def test_a_bad_loss_leaves_the_weights_alone(tmp_path, answered, tokenizer):
-    bad = answered.map(lambda row: {"teacher_logits": [float("nan")] * 3})
+def test_a_bad_loss_leaves_the_weights_alone(tmp_path, texts_with_logits, tokenizer):
+    bad = texts_with_logits.map(lambda row: {"teacher_logits": [float("nan")] * 3})
     model = student()
     with pytest.raises(DivergedError, match=r"at step 1 \(total nan, soft nan, hard \d"):
         trained(tmp_path, bad, tokenizer, model=model, save_strategy="steps", save_steps=1)
@@ -311,19 +288,9 @@ def test_a_bad_loss_leaves_the_weights_alone(tmp_path, answered, tokenizer):
 # Two processes
 
 
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-PROCESS = Path(__file__).with_name("trainer_process.py")
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 def in_two(*command: str, folder: Path) -> subprocess.Popen:
     """Start a script or module in two processes that talk through gloo."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **path_with_tests(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *TWO, free_port(), *command],
         cwd=folder,
@@ -335,18 +302,18 @@ def in_two(*command: str, folder: Path) -> subprocess.Popen:
     )
 
 
-def test_two_processes_are_one(tmp_path, answered, teacher, tokenizer):
-    """Two times 16 texts are 32, whether the teacher is asked or has been; and no text is evaluated twice."""
-    answered.save_to_disk(tmp_path / "texts")
+def test_two_processes_are_one(tmp_path, texts_with_logits, teacher, tokenizer):
+    """Two times 16 texts are 32, whether the teacher is online or cached; and no text is evaluated twice."""
+    texts_with_logits.save_to_disk(tmp_path / "texts")
     save_model(tmp_path / "student", student(), tokenizer)
     save_model(tmp_path / "teacher", teacher, tokenizer)
-    process = in_two(str(PROCESS), folder=tmp_path)
+    process = in_two("-m", "support.trainer_process", folder=tmp_path)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-6000:]
-    alone = trained(tmp_path / "alone", answered, tokenizer)
+    alone = trained(tmp_path / "alone", texts_with_logits, tokenizer)
     expected = alone.model.state_dict()
-    measured = alone.evaluate(answered.select(range(90)))
-    measured |= alone.evaluate(answered.select(range(84)), metric_key_prefix="few")
+    measured = alone.evaluate(texts_with_logits.select(range(90)))
+    measured |= alone.evaluate(texts_with_logits.select(range(84)), metric_key_prefix="few")
     for way in ("cached", "online", "stream"):
         history = json.loads((tmp_path / f"{way}.json").read_text())
         for name in ("loss", "soft_loss", "hard_loss", "fidelity"):
@@ -361,8 +328,8 @@ def test_two_processes_are_one(tmp_path, answered, teacher, tokenizer):
             assert_close(value, expected[name], rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_left_alone(tmp_path, answered, tokenizer):
-    trained(tmp_path, answered, tokenizer, save_strategy="steps", save_steps=1)
+def test_a_checkpoint_that_was_not_written_to_its_end_is_left_alone(tmp_path, texts_with_logits, tokenizer):
+    trained(tmp_path, texts_with_logits, tokenizer, save_strategy="steps", save_steps=1)
     newest, one_before = (str(tmp_path / f"checkpoint-{step}") for step in (4, 3))
     assert last_whole_checkpoint(tmp_path, processes=1) == newest
     with pytest.warns(UserWarning, match="is not whole"):
@@ -407,7 +374,7 @@ def of_the_script(tmp_path, own_artifacts, tokenizer, monkeypatch) -> tuple[str,
 def test_the_script_refuses_another_run_in_its_folder(of_the_script, capsys):
     short = (*of_the_script, "--output_dir", "out", "--max_steps", "2", "--save_strategy", "no")
     Path("out").mkdir()
-    Path("out/made_of.json").write_text('{"alpha": 1}')  # of an attempt that saved nothing
+    Path("out/provenance.json").write_text('{"alpha": 1}')  # of an attempt that saved nothing
     assert main([*short, "--alpha", "0.5"]) == 0
     assert not list(Path("out").rglob("training_args.bin")), "a pickle"
     with pytest.raises(SystemExit) as refused:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,11 +19,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from explorer_notebook import explorer_notebook
+from support.explorer_notebook import explorer_notebook
+from support.processes import free_port, path_with_tests
 
 from kd_helpers import artifacts
 from kd_helpers.artifacts import save_json
-from kd_helpers.course import notebook_paths
+from kd_helpers.course.notebooks import notebook_paths
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: `make test-browser` installs it")
 
@@ -55,7 +55,7 @@ def notebooks_to_visit() -> dict[str, nbformat.NotebookNode]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, pytestconfig) -> Iterator[str]:
+def lab(tmp_path_factory) -> Iterator[str]:
     """A JupyterLab of the test's own, with copies of the notebooks and nobody's settings. Its address."""
     home = tmp_path_factory.mktemp("lab")
     (home / "notebooks").mkdir()
@@ -67,11 +67,9 @@ def lab(tmp_path_factory, pytestconfig) -> Iterator[str]:
     save_json(settings / "notebook-extension" / "tracker.jupyterlab-settings", {"windowingMode": "none"})
     own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
-    own |= {"IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": str(pytestconfig.rootpath / "tests")}
+    own |= {"IPYTHONDIR": str(home / "ipython")} | path_with_tests()
     own |= {"KD_ARTIFACTS": str(artifacts.artifacts_dir())}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
     command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={home / 'notebooks'}"]
     command += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]

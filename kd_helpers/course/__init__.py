@@ -1,0 +1,1 @@
+"""The notebooks' side of the package: running, storing and publishing them, their figures, explorers and exercises."""

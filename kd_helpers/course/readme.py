@@ -1,0 +1,156 @@
+"""Tables and figures of the README, from what is stored: the chapters, the comparison and the benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kd_helpers.course import notebooks, plots
+from kd_helpers.course.blocks import write_block
+from kd_helpers.course.costs import stored_costs
+from kd_helpers.course.notebooks import notebook_paths, question, title
+from kd_helpers.experiments import benchmark, comparison
+
+RESULTS_FIGURE = "kd_helpers/experiments/results/comparison.png"
+BENCHMARK_FIGURE = "kd_helpers/experiments/results/benchmark.png"
+BINDER_MEGABYTES = 2 * 2**30 / 1e6
+
+# The modules that each chapter explains, by the chapter's number.
+MODULES: dict[str, tuple[str, ...]] = {
+    "00": ("config",),
+    "01": ("data", "own_data", "hub"),
+    "02": ("models", "teacher"),
+    "03": ("losses",),
+    "04": ("optim",),
+    "05": ("loop", "lean", "checkpoints", "metrics", "runs"),
+    "06": ("experiments.comparison",),
+    "07": ("experiments.sweep",),
+    "10": ("methods.digits", "experiments.study"),
+    "11": ("methods.hidden_losses", "methods.distilbert"),
+    "12": ("methods.tinybert", "methods.augmentation"),
+    "16": ("trainer", "train", "shards"),
+}
+
+
+def readme_notebooks() -> str:
+    """The README's table of chapters: question, modules, and what each cost when it was stored."""
+    costs, rows = stored_costs(), []
+    for path in notebook_paths():
+        cost = costs.get(path.stem)
+        spent = f"{_duration(cost['seconds'])} | {cost['peak_megabytes']:,.0f}" if cost else " | "
+        link = f"[{title(path)}](notebooks/{path.name})"
+        modules = ", ".join(f"`{name}`" for name in MODULES[path.name[:2]])
+        rows.append(f"| {link} | {question(path)} | {modules} | {spent} |")
+    header = ["| notebook | question | module | time | MB |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *rows, *_about_costs(costs)])
+
+
+def _about_costs(costs: dict[str, Any]) -> list[str]:
+    """What a reader must know about the costs in the table: what was measured, and on what machine."""
+    if not costs:
+        return []
+    made = [cost["made_with"] for cost in costs.values()]
+    dates = sorted({one["date"] for one in made})
+    machines = sorted({f"torch {one['torch']}, threads: {one['threads']}" for one in made})
+    lines = [
+        "Time, and the most memory that a notebook's processes held at once, when it was stored "
+        f"({'; '.join([*machines, ' to '.join(dict.fromkeys((dates[0], dates[-1])))])}). "
+        f"Binder gives {BINDER_MEGABYTES:,.0f} MB, of which JupyterLab itself takes some.",
+    ]
+    if makers := [name[:2] for name, cost in costs.items() if cost["teachers_made"]]:
+        lines.append(f"Fine-tuning a teacher is in the time of {' and '.join(makers)}; the others found it.")
+    return ["", *lines]
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in words; in minutes from a hundred on."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def readme_results() -> str:
+    """The README's table of results, from the stored comparison."""
+    stored = comparison.stored_comparison()
+    made, config, teacher = stored["made_with"], stored["choices"]["config"], stored["teachers"]["tuned"]
+    table = [
+        "| student trained with | accuracy | NLL | ECE | fidelity |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {arm} | {row['accuracy']:.1%} ± {row['accuracy ±']:.1%} | {row['nll']:.2f} | {row['ece']:.3f} "
+            f"| {row['fidelity']:.1%} |"
+            for arm, row in comparison.summary(stored).iterrows()
+        ),
+        f"| *the teacher itself* | {teacher['accuracy']:.1%} | {teacher['nll']:.2f} | {teacher['ece']:.3f} | |",
+    ]
+    last, best = comparison.last_and_best(stored, comparison.BASELINE)
+    distilled, _ = comparison.last_and_best(stored, "tuned_teacher")
+    hidden = config["teacher_train_size"] - config["train_size"]
+    notes = [
+        f"Test split, mean of {len(stored['seeds'])} seeds ± half a 95% interval. Every arm makes "
+        f"{config['max_steps']:,} steps and has {config['train_size']:,} labelled tweets "
+        f"({comparison.ARMS['more_labels'].recipe.labels} times as many in the last); the transfer set has "
+        f"{config['transfer_size']:,} without labels.",
+        f"The teacher saw {config['teacher_train_size']:,} labels, the student's among them; the other {hidden:,} of "
+        "those tweets are in the transfer set, labels hidden.",
+        "Equal steps are more than suits the baseline. On validation it ends "
+        f"{100 * (distilled - last):.1f} points behind the tuned teacher's student; stopped at its best epoch, "
+        f"{100 * (distilled - best):.1f}.",
+        f"Made with torch {made['torch']} on {made['date']}.",
+    ]
+    return "\n".join([*table, "", *notes])
+
+
+def readme_benchmark() -> str:
+    """The README's tables of speed, from the stored benchmark."""
+    stored = benchmark.stored_benchmark()
+    made, config, seconds = stored["made_with"], stored["config"], stored["compile"]
+    table, rounds = benchmark.ways_table(stored), len({row["round"] for row in stored["ways"]})
+    difference, low, high = benchmark.accuracy_gap(stored, "distillation", "usual loop")
+    ways = [
+        f"| {way} | {row['seconds']:.1f} | {row['times']:.2f} | {row['tokens_per_second']:,.0f} | "
+        f"{row['peak_megabytes']:,.0f} | {row['accuracy']:.1%} | {row['nll']:.3f} |"
+        for way, row in table.iterrows()
+    ]
+    goals = [
+        f"| {name} | {row['measured']:.2f} | {row['target']} | {'yes' if row['met'] else 'no'} |"
+        for name, row in benchmark.targets(stored).iterrows()
+    ]
+    profile = ", ".join(f"{kind} {share:.0%}" for kind, share in stored["profile"].items())
+    step = stored["step"][made["precision"]]
+    return "\n".join(
+        [
+            "| way | seconds | times | tokens/s | MB | accuracy | NLL |",
+            "|---|---|---|---|---|---|---|",
+            *ways,
+            "",
+            *(f"- *{way}*: {says}." for way, says in benchmark.DESCRIPTIONS.items()),
+            "",
+            f"{config['train_size']:,} tweets, {config['epochs']} epochs, batches of {config['batch_size']}. Seconds, "
+            f"tokens without padding and MB held at the peak: medians of {rounds} rounds, each with a seed of its own.",
+            "Times: median ratio to *distillation* within a round. Accuracy and NLL on validation: means; distillation "
+            f"minus usual loop {100 * difference:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}).",
+            "",
+            "| aim | measured | target | met |",
+            "|---|---|---|---|",
+            *goals,
+            "",
+            f"A step of {step['batch_size']} tweets takes {step['milliseconds']:.0f} ms and reaches "
+            f"{step['gigaflops']:,.0f} GFLOP/s; the fastest large matrix product {step['peak_gigaflops']:,.0f}.",
+            f"Where the time of a step goes: {profile}.",
+            f"With `torch.compile` the same training takes {seconds['compiled_first']:.0f} s the first time, "
+            f"compilation included, {seconds['compiled_again']:.1f} s again and {seconds['uncompiled']:.1f} s without "
+            "(one run each), so it is off.",
+            f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
+            f"{made['precision']}.",
+        ]
+    )
+
+
+def write_readme() -> None:
+    """Put the chapters, the stored comparison and the stored benchmark into the README, as tables and figures."""
+    plots.use_course_style()
+    figure, alt = plots.arms_figure(comparison.stored_comparison())
+    figure.savefig(notebooks.ROOT / RESULTS_FIGURE, dpi=110)
+    speed, speed_alt = plots.benchmark_figure(benchmark.ways_table(benchmark.stored_benchmark()))
+    speed.savefig(notebooks.ROOT / BENCHMARK_FIGURE, dpi=110)
+    write_block("notebooks", readme_notebooks())
+    write_block("results", f"![{alt}]({RESULTS_FIGURE})\n\n{readme_results()}")
+    write_block("benchmark", f"![{speed_alt}]({BENCHMARK_FIGURE})\n\n{readme_benchmark()}")

@@ -1,0 +1,288 @@
+"""Chapter 06: did distillation help?
+
+The arms of the comparison, the same measures for every model, and tables of differences within a seed. Two arms with
+the same seed start from the same weights and see the same batches in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import confusion_matrix
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kd_helpers.config import DistillConfig
+from kd_helpers.data import corpus_digest, evaluation_batches, read_corpus, tokenize
+from kd_helpers.experiments.statistics import intervals, mean_interval
+from kd_helpers.experiments.study import Arm, Study, run_study, stored_study, study_table, titles
+from kd_helpers.metrics import (
+    Predictions,
+    classification_metrics,
+    fidelity,
+    latency,
+    predict_and_evaluate,
+    reliability,
+)
+from kd_helpers.models import checkpoint_version, count_parameters, freeze, load_student
+from kd_helpers.resolve import Setup, resolve
+from kd_helpers.runs import distill
+from kd_helpers.runtime import machine
+from kd_helpers.teacher import TeacherLogits, fine_tuned_teacher, load_teacher_logits
+
+METRICS = ("accuracy", "macro_recall", "macro_f1", "nll", "ece", "fidelity")
+BASELINE = "baseline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """What an arm's student learns from.
+
+    Attributes:
+        teacher: whose soft targets: "none", "uniform" (the same probability for every class), "untuned" (a random
+            head), or "tuned".
+        temperature: T of the soft loss.
+        alpha: weight of the soft loss.
+        labels: how many labelled texts, as a multiple of `config.train_size`.
+        transfer: whether the texts of `config.transfer_size` are added without labels.
+    """
+
+    teacher: str = "none"
+    temperature: float = 1.0
+    alpha: float = 0.0
+    labels: int = 1
+    transfer: bool = False
+
+    def configure(self, config: DistillConfig) -> DistillConfig:
+        """The configuration of this arm, given the one that all arms share."""
+        return config.replace(
+            temperature=self.temperature,
+            alpha=self.alpha,
+            train_size=config.train_size * self.labels,
+            transfer_size=config.transfer_size if self.transfer else 0,
+            teacher_epochs=0 if self.teacher == "untuned" else config.teacher_epochs,
+        )
+
+
+# Label smoothing with ε is distillation with alpha = ε and T = 1 from a teacher that gives every class the same
+# probability (Yuan et al. 2020, arXiv 1909.11723): one loss and one loop serve all arms.
+ARMS: dict[str, Arm] = {
+    BASELINE: Arm("Baseline: labels only", Signal()),
+    "label_smoothing": Arm("Label smoothing 0.2", Signal("uniform", temperature=1.0, alpha=0.2)),
+    "untuned_teacher": Arm("Untuned teacher", Signal("untuned", temperature=2.0, alpha=0.9)),
+    "tuned_teacher": Arm("Tuned teacher", Signal("tuned", temperature=2.0, alpha=0.9)),
+    "transfer_set": Arm("Tuned teacher + transfer set", Signal("tuned", temperature=2.0, alpha=0.9, transfer=True)),
+    "more_labels": Arm("Baseline with 4 × the labels", Signal(labels=4)),
+}
+
+# What the stored comparison was made with. Every arm makes the same number of steps, enough to memorise 2,500 labels
+# (13 epochs) and to see the transfer set more than once.
+COMPARISON = DistillConfig(transfer_size=21_949, max_steps=1000, learning_rate=1e-4, warmup_ratio=0.1)
+COMPARISON_SEEDS = (0, 1, 2, 3, 4)
+
+
+def signal_logits(signal: Signal, setup: Setup) -> TeacherLogits | None:
+    """The teacher logits for an arm's training texts; None for an arm without a teacher."""
+    if signal.teacher == "none":
+        return None
+    if signal.teacher == "uniform":
+        ids = torch.tensor(setup.data.student_train["id"][:])
+        return TeacherLogits(ids, torch.zeros(len(ids), len(setup.data.label_names)))
+    return load_teacher_logits(setup, "student_train")
+
+
+def comparison_study(
+    config: DistillConfig, *, arms: Sequence[str] = tuple(ARMS), seeds: Sequence[int] = COMPARISON_SEEDS
+) -> Study:
+    """The study whose arms share a configuration.
+
+    Its runs have `steps`, `seconds`, every one of `METRICS` on test, and what `describe` and `history` (step and
+    measures on validation after each epoch) add. A run's folder holds its student.
+    """
+    sources = [name for name in (config.teacher_source, config.student_source) if name]
+
+    @functools.cache
+    def reference() -> TeacherLogits:
+        """Those of the tuned teacher on test, with which fidelity is measured."""
+        return load_teacher_logits(resolve(config), "test")
+
+    def run(signal: Signal, seed: int, folder: Path) -> dict[str, Any]:
+        setup = resolve(signal.configure(config.replace(seed=seed)))
+        teacher_logits = signal_logits(signal, setup)
+        result = distill(setup.config, data=setup.data, teacher_logits=teacher_logits, output_dir=folder)
+        return {
+            "steps": result.metrics["steps"],
+            "seconds": result.metrics["seconds"],
+            "history": [{"step": epoch["step"], **epoch["validation"]} for epoch in result.history],
+            **describe(result.predictions, reference()),
+        }
+
+    return Study(
+        name="comparison",
+        module="kd_helpers.experiments.comparison",
+        arms={name: ARMS[name] for name in arms},
+        seeds=seeds,
+        choices={
+            "config": config.replace(seed=0).to_dict(),  # each run has a seed of its own
+            "machine": str(machine(config)),
+            "checkpoints": [checkpoint_version(name) for name in sources],
+            "texts": corpus_digest(read_corpus(config)),
+        },
+        run=run,
+    )
+
+
+def describe(predictions: Predictions, teacher: TeacherLogits) -> dict[str, Any]:
+    """Everything that the comparison keeps of a model's predictions on the test split.
+
+    Returns:
+        The measures, `confusion` `[C][C]` (rows are the labels), `reliability` by bin, and `predicted`, the numbers of
+        the predicted classes in order of the texts' ids.
+    """
+    predicted = predictions.logits.argmax(dim=-1)
+    return {
+        **classification_metrics(predictions.logits, predictions.labels),
+        **fidelity(predictions.logits, teacher.lookup(predictions.ids)),
+        "confusion": confusion_matrix(
+            predictions.labels, predicted, labels=range(predictions.logits.shape[1])
+        ).tolist(),
+        "reliability": {
+            name: np.nan_to_num(values).round(4).tolist()
+            for name, values in reliability(predictions.logits, predictions.labels).items()
+        },
+        "predicted": class_numbers(predicted),
+    }
+
+
+def class_numbers(classes: torch.Tensor) -> str:
+    """The numbers of classes `[N]` in one line, which keeps the JSON short."""
+    return " ".join(map(str, classes.tolist()))
+
+
+def model_cost(model: PreTrainedModel, name: str, setup: Setup, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What it costs to keep and to run a model.
+
+    Returns:
+        `parameters`, `megabytes` of the weights on disk, `latency_p50_ms` and `latency_p95_ms` of single texts
+        (float32), `texts_per_second` in batches of 64 (in the precision of the setup).
+    """
+    model = model.to(setup.device).eval()
+    test = setup.data.test.select(range(min(2000, len(setup.data.test))))
+    test = tokenize(test, tokenizer, setup.config.max_length)
+    singles = list(evaluation_batches(test.select(range(min(200, len(test)))), tokenizer, batch_size=1))
+    one_by_one = latency(model, singles, torch.float32)
+    timed = predict_and_evaluate(model, name, evaluation_batches(test, tokenizer), setup.precision)
+    return {
+        "model": name,
+        "parameters": count_parameters(model),
+        "megabytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6,
+        **{f"latency_{key}_ms": value for key, value in one_by_one.items()},
+        "texts_per_second": timed["texts"] / timed["seconds"],
+    }
+
+
+def compare(
+    config: DistillConfig, *, arms: Sequence[str] = tuple(ARMS), seeds: Sequence[int] = COMPARISON_SEEDS
+) -> dict[str, Any]:
+    """Run arms × seeds (finished runs are found again) and measure both teachers.
+
+    Returns:
+        What `study.run_study` returns, with `labels` (of the test split, their numbers), `teachers` (see `describe`)
+        and `costs` (see `model_cost`).
+    """
+    setup = resolve(config)
+    test = setup.data.test
+    labels = torch.tensor(test["label"][:])[torch.argsort(torch.tensor(test["id"][:]))]
+    logits = {
+        "untuned": load_teacher_logits(dataclasses.replace(setup, config=config.replace(teacher_epochs=0)), "test"),
+        "tuned": load_teacher_logits(setup, "test"),
+    }
+    ids = logits["tuned"].ids.sort().values
+    teachers = {
+        name: describe(Predictions(ids, of_teacher.lookup(ids), labels), logits["tuned"])
+        for name, of_teacher in logits.items()
+    }
+    result = run_study(comparison_study(config, arms=arms, seeds=seeds))
+    teacher, student = fine_tuned_teacher(setup), freeze(load_student(config, setup.data.label_names))
+    return result | {
+        "labels": class_numbers(labels),
+        "teachers": teachers,
+        "costs": [
+            model_cost(teacher, "teacher", setup, setup.tokenizers.teacher),
+            model_cost(student, "student", setup, setup.tokenizers.student),
+        ],
+    }
+
+
+def study() -> dict[str, Any]:
+    """The full comparison that comes with the package (see `compare`)."""
+    return compare(COMPARISON)
+
+
+def stored_comparison() -> dict[str, Any]:
+    """The full comparison that comes with the package, made by `make results`."""
+    return stored_study("comparison")
+
+
+def runs_table(comparison: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per run: arm, seed and every one of `METRICS`."""
+    return pd.DataFrame(comparison["runs"])[["arm", "seed", *METRICS, "seconds"]]
+
+
+def summary(comparison: Mapping[str, Any]) -> pd.DataFrame:
+    """Mean of each measure over the seeds with half the width of its 95% interval.
+
+    Returns:
+        One row per arm, by title; for each of `METRICS` the columns `m` and `m ±`.
+    """
+    tables = {metric: study_table(comparison, metric) for metric in METRICS}
+    rows = {}
+    for arm, title in titles(comparison).items():
+        row = {}
+        for metric, table in tables.items():
+            mean, low, high = mean_interval(table[arm])
+            row |= {metric: mean, f"{metric} ±": (high - low) / 2}
+        rows[title] = row
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def gains_over_texts(comparison: Mapping[str, Any], *, over: str = BASELINE) -> pd.DataFrame:
+    """Each other arm's accuracy minus that of the arm `over`, with the 95% t interval over test texts.
+
+    For each text the share of seeds that predict it correctly is compared, so the interval covers what another sample
+    of test texts would change. `study.gains` gives the interval over seeds.
+    """
+    labels = np.array(comparison["labels"].split())
+    right: dict[str, list[np.ndarray]] = {}
+    for run in comparison["runs"]:
+        right.setdefault(run["arm"], []).append(np.array(run["predicted"].split()) == labels)
+    share = {arm: np.mean(seeds, axis=0) for arm, seeds in right.items()}
+    return intervals({arm: share[arm] - share[over] for arm in share if arm != over}, "gain")
+
+
+def last_and_best(comparison: Mapping[str, Any], arm: str) -> tuple[float, float]:
+    """Accuracy on validation, mean over the seeds: after the last epoch, and after each seed's best one.
+
+    The best epoch is chosen with hindsight, so its value is slightly too high: it is the most that early stopping could
+    reach.
+    """
+    curves = [[epoch["accuracy"] for epoch in run["history"]] for run in comparison["runs"] if run["arm"] == arm]
+    return float(np.mean([curve[-1] for curve in curves])), float(np.mean([max(curve) for curve in curves]))
+
+
+def format_table(comparison: Mapping[str, Any]) -> str:
+    """The comparison as plain text: both teachers, then every arm with its intervals."""
+    lines = [f"{'':31}" + "".join(f"{metric.replace('_', ' '):>16}" for metric in METRICS)]
+    for name, teacher in comparison["teachers"].items():
+        cells = "".join(f"{teacher[metric]:.3f}        ".rjust(16) for metric in METRICS)
+        lines.append(f"{name.capitalize() + ' teacher itself':31}" + cells)
+    for title, row in summary(comparison).iterrows():
+        cells = "".join(f"{row[metric]:.3f} ± {row[metric + ' ±']:.3f}".rjust(16) for metric in METRICS)
+        lines.append(f"{title:31}" + cells)
+    return "\n".join(lines)

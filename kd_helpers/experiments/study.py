@@ -1,0 +1,187 @@
+"""Studies: several arms, each run with several seeds, stored with their provenance and compared seed by seed.
+
+Every comparison of the course is a study: that of chapter 06 and those of chapters 10 to 12. A run that is finished is
+found again, so an interrupted study continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import itertools
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from kd_helpers import artifacts
+from kd_helpers.experiments import RESULTS
+from kd_helpers.experiments.statistics import intervals
+from kd_helpers.provenance import made_by, source_digest, versions
+
+# The studies that `kd-helpers study NAME` makes: modules with a function `study`, whose result is stored by that name.
+STUDIES = ("comparison", "dark_knowledge", "distilbert", "tinybert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of training the student.
+
+    Attributes:
+        title: for tables and figures.
+        recipe: what the arm does, a dataclass of plain values. Each study has its own kind.
+    """
+
+    title: str
+    recipe: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Title and recipe, ready for JSON."""
+        return {"title": self.title, "recipe": dataclasses.asdict(self.recipe)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is compared, and everything that the results depend on.
+
+    Attributes:
+        name: of the study.
+        module: dotted name of the module that defines it; its code and what it imports are part of the provenance.
+        arms: by name.
+        seeds: arms are compared seed by seed, so the same seed must mean the same first weights and the same batches in
+            all arms.
+        choices: everything beside arm and seed that the results depend on, ready for JSON.
+        run: trains one arm with one seed, `run(recipe, seed, folder)`, may keep files in the folder, and returns the
+            measures, ready for JSON.
+    """
+
+    name: str
+    module: str
+    arms: Mapping[str, Arm]
+    seeds: Sequence[int]
+    choices: Mapping[str, Any]
+    run: Callable[[Any, int, Path], dict[str, Any]]
+
+
+def run_arm(study: Study, arm: str, seed: int) -> dict[str, Any]:
+    """One arm of a study with one seed: found again, or run and stored.
+
+    Returns:
+        `arm`, `seed`, the measures, and `folder`, where under `artifacts/` the files of this run are.
+    """
+    provenance = {
+        **made_by(study.module),
+        "study": study.name,
+        "arm": study.arms[arm].to_dict(),
+        "seed": seed,
+        "choices": dict(study.choices),
+    }
+    folder = artifacts.artifacts_dir() / "studies" / artifacts.fingerprint(provenance)
+
+    def run(target: Path) -> None:
+        measures = study.run(study.arms[arm].recipe, seed, target)
+        artifacts.save_json(target / "measures.json", measures)
+        artifacts.save_json(target / artifacts.PROVENANCE, provenance)
+
+    artifacts.get_or_build(folder, run)
+    measures = artifacts.load_json(folder / "measures.json")
+    return {"arm": arm, "seed": seed, **measures, "folder": folder.relative_to(artifacts.artifacts_dir()).as_posix()}
+
+
+def run_study(study: Study) -> dict[str, Any]:
+    """Run every arm with every seed.
+
+    Returns:
+        Ready for JSON: `made_with` (see there), `choices`, `arms` (title and recipe by name), `seeds`, and `runs` (see
+        `run_arm`).
+    """
+    plan = list(itertools.product(study.seeds, study.arms))
+    bar = tqdm(plan, desc=f"Study {study.name}", unit="run", leave=False)
+    runs = [run_arm(study, arm, seed) for seed, arm in bar]
+    return {
+        "made_with": made_with(study.module),
+        "choices": dict(study.choices),
+        "arms": {name: arm.to_dict() for name, arm in study.arms.items()},
+        "seeds": list(study.seeds),
+        "runs": runs,
+    }
+
+
+def made_with(module: str) -> dict[str, str]:
+    """What made a result, where and when: `module`, the digest of its `source`, versions, `machine` and `date`."""
+    return {
+        "module": module,
+        "source": source_digest(module),
+        **versions(),
+        "machine": f"{platform.machine()}, threads: {torch.get_num_threads()}",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def is_current(result: Mapping[str, Any]) -> bool:
+    """Whether a stored result was made by the code of today. Results of version 0.4.0 and before name no code."""
+    made = result["made_with"]
+    return "source" in made and made["source"] == source_digest(made["module"])
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """A sentence or two for readers of a stored result: what made it, when, and whether the code has changed since."""
+    made = result["made_with"]
+    changed = "" if is_current(result) else f" The code has changed since (it was version {made['kd_helpers']})."
+    return f"Made with torch {made['torch']} on {made['date']}.{changed}"
+
+
+def stored_study(name: str) -> dict[str, Any]:
+    """A study that comes with the package (see `run_study`)."""
+    return artifacts.load_json(RESULTS / f"{name}.json")
+
+
+def titles(result: Mapping[str, Any]) -> dict[str, str]:
+    """The titles of a study's arms, by name."""
+    return {name: arm["title"] for name, arm in result["arms"].items()}
+
+
+def study_table(result: Mapping[str, Any], metric: str) -> pd.DataFrame:
+    """One row per seed, one column per arm, in the order in which the arms were run."""
+    runs = pd.DataFrame(result["runs"])
+    return runs.pivot(index="seed", columns="arm", values=metric)[list(dict.fromkeys(runs["arm"]))]
+
+
+def means(result: Mapping[str, Any], metric: str) -> pd.DataFrame:
+    """The mean of every arm over the seeds, with its 95% t interval: columns `mean`, `low`, `high`."""
+    return intervals(dict(study_table(result, metric)), "mean")
+
+
+def gains(result: Mapping[str, Any], metric: str, *, over: str) -> pd.DataFrame:
+    """Each other arm minus the arm `over`, seed by seed: columns `gain`, `low`, `high` (a 95% t interval).
+
+    The interval covers what another seed (fresh head, dropout, order of the batches) would change.
+    """
+    table = study_table(result, metric)
+    return intervals({arm: table[arm] - table[over] for arm in table if arm != over}, "gain")
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers study") -> int:
+    """Make a study and store it in the package.
+
+    Returns:
+        Exit status: 0. A request that can't be met exits with 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Make one of the course's studies and store it in the package, with what made it. Runs that are "
+        "finished are found again, so the same command continues an interrupted study.",
+        epilog=f"Example: {prog} dark_knowledge. A study takes from half an hour to an hour and a half on two cores.",
+    )
+    parser.add_argument("study", choices=STUDIES, help="which one; the result goes to experiments/results/STUDY.json")
+    name = parser.parse_args(arguments).study
+    result = importlib.import_module(f"kd_helpers.experiments.{name}").study()
+    artifacts.save_json(RESULTS / f"{name}.json", result)
+    print(f"{len(result['runs'])} runs of {len(result['arms'])} arms, written to {RESULTS / f'{name}.json'}")
+    return 0

@@ -1,0 +1,55 @@
+"""A configuration, resolved: what it names is loaded, and what it leaves to the machine is decided.
+
+A run resolves its configuration once, at the entrance, and passes the result on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from kd_helpers.config import DistillConfig
+from kd_helpers.data import DataSplits, load_splits, require_disjoint
+from kd_helpers.models import Tokenizers, load_tokenizers
+from kd_helpers.runtime import Machine, machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run works with.
+
+    Attributes:
+        config: every choice.
+        data: the splits.
+        tokenizers: of teacher and student.
+        device: where the models are.
+        precision: of the matrix products, with "auto" decided.
+    """
+
+    config: DistillConfig
+    data: DataSplits
+    tokenizers: Tokenizers
+    device: torch.device
+    precision: torch.dtype
+
+    @property
+    def machine(self) -> str:
+        """Device and precision, as a provenance names them."""
+        return str(Machine(self.device, self.precision))
+
+
+def resolve(config: DistillConfig, data: DataSplits | None = None) -> Setup:
+    """Load the splits and the tokenizers that a configuration names; decide device and precision.
+
+    Args:
+        config: every choice.
+        data: the splits, if they are loaded already.
+
+    Raises:
+        ValueError: two splits share texts, or see `data.load_splits`.
+        FileNotFoundError, ConnectionError: see `data.load_splits` and `models.load_tokenizer`.
+    """
+    data = load_splits(config) if data is None else data
+    require_disjoint(data)
+    return Setup(config, data, load_tokenizers(config), *machine(config))

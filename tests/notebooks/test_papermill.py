@@ -1,0 +1,48 @@
+"""The notebooks under papermill, as anyone would type it: other parameters, another working directory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from kd_helpers.course.notebooks import NOTEBOOKS
+
+DISTILL = NOTEBOOKS / "05_distill_and_evaluate.ipynb"
+
+
+def papermill(*arguments: str, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_chapter_05_runs_with_other_parameters_from_anywhere(tmp_path):
+    temperature, alpha = 4, 0.7
+    short = ["-p", "epochs", "1", "-p", "train_size", "200"]
+    parameters = ["-p", "temperature", temperature, "-p", "alpha", alpha, "-p", "output_dir", "run", *short]
+    done = papermill(DISTILL, "out.ipynb", *parameters, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["temperature"], config["alpha"], config["train_size"]) == (temperature, alpha, 200)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 7
+    assert 0 < metrics["validation"]["accuracy"] < 1
+    text = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert f"At temperature {temperature:g} and alpha {alpha:g}" in text
+
+
+def test_a_bad_parameter_stops_with_one_sentence(tmp_path):
+    done = papermill(DISTILL, "out.ipynb", "-p", "temperature", "0", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "ValueError: temperature is 0; give a finite number greater than 0." in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_parameters_read_like_documentation(path):
+    done = papermill("--help-notebook", path, cwd=path.parent)
+    assert done.returncode == 0, done.stderr
+    described = [line for line in (done.stdout + done.stderr).splitlines() if "(default " in line]
+    assert len(described) >= 2

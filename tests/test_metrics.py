@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import log_loss
+from support.models import tiny_bert
+from torch.testing import assert_close
+
+from kd_helpers.data import evaluation_batches, training_batches
+from kd_helpers.losses import soft_targets
+from kd_helpers.metrics import classification_metrics, evaluate, expected_calibration_error, predict, reliability
+
+
+def test_predictions_are_sorted_by_id_and_the_mode_is_kept(tokenized, tokenizer):
+    model = tiny_bert().train()
+    one = predict(model, evaluation_batches(tokenized, tokenizer, 16))
+    other = predict(model, training_batches(tokenized, tokenizer, 8, seed=4))
+    assert model.training
+    assert torch.equal(one.ids, other.ids)
+    assert bool((one.ids.diff() > 0).all())
+    assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_by_hand():
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 4.0]])
+    labels = torch.tensor([0, 0, 1, 2])
+    metrics = classification_metrics(logits, labels)
+    assert metrics["accuracy"] == 0.75
+    assert metrics["macro_recall"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert metrics["nll"] == pytest.approx(log_loss(labels, soft_targets(logits, 1.0).double()), rel=1e-5)
+
+
+def test_calibration_error_by_hand():
+    """Two texts at confidence 0.9, one right: gap 0.4. Two at 0.6, both right: gap 0.4."""
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]).log()
+    labels = torch.tensor([0, 1, 0, 0])
+    assert expected_calibration_error(logits, labels, bins=10) == pytest.approx(0.4, abs=1e-6)
+    curve = reliability(logits, labels, bins=10)
+    assert curve["share"].sum() == pytest.approx(1.0)
+    assert np.isnan(curve["accuracy"][0])
+
+
+def test_evaluate_measures_what_predict_says(tokenized, tokenizer):
+    labelled = tokenized.select(range(96))
+    batches = evaluation_batches(labelled, tokenizer)
+    model = tiny_bert()
+    predictions = predict(model, batches)
+    assert evaluate(model, batches) == classification_metrics(predictions.logits, predictions.labels)
