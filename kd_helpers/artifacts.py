@@ -183,6 +183,7 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:
         True if it was there already.
     """
     with locked(folder):
+        _remove_abandoned(folder)
         if is_intact(folder):
             return True
         if folder.exists():
@@ -199,12 +200,12 @@ def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
     Raises:
         OSError: it can't be written; one sentence says why. What stood there before still stands.
     """
-    prefix = f".building-{folder.name}-"
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in folder.parent.glob(f"{glob.escape(prefix)}*"):  # by a process that was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as building:
+        _remove_abandoned(folder)
+        with tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=_building(folder), ignore_cleanup_errors=True
+        ) as building:
             made = Path(building) / "made"
             made.mkdir()
             build(made)
@@ -212,6 +213,17 @@ def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
             if folder.exists():
                 os.replace(folder, Path(building) / "old")
             os.replace(made, folder)
+
+
+def _building(folder: Path) -> str:
+    """How the temporary folders begin in which `folder` is built."""
+    return f".building-{folder.name}-"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a process left behind that was killed while it built `folder`."""
+    for abandoned in folder.parent.glob(f"{glob.escape(_building(folder))}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def seal(folder: Path, files: Iterable[str]) -> None:

@@ -42,7 +42,7 @@ def own_artifacts_but_teacher(own_artifacts: Path, monkeypatch: pytest.MonkeyPat
     shared = artifacts.artifacts_dir()
     monkeypatch.setenv("KD_ARTIFACTS", str(own_artifacts))
     own_artifacts.mkdir()
-    for kept in ("teachers", "teacher_logits"):
+    for kept in ("machines", "teachers", "teacher_logits"):  # the first, so that "auto" means what it meant to them
         (shared / kept).mkdir(parents=True, exist_ok=True)
         (own_artifacts / kept).symlink_to(shared / kept, target_is_directory=True)
     return own_artifacts

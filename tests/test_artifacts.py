@@ -74,3 +74,17 @@ def test_many_processes_build_once(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (tmp_path / "builds.log").read_text() == "built\n"
+
+
+def test_what_a_killed_process_left_is_removed_even_if_the_folder_is_intact(tmp_path):
+    def build(target):
+        (target / "file.txt").write_text("all of it")
+
+    folder = tmp_path / "made"
+    artifacts.get_or_build(folder, build)
+    abandoned = tmp_path / ".building-made-abc"
+    abandoned.mkdir()
+    (tmp_path / ".building-other-abc").mkdir()
+    assert artifacts.get_or_build(folder, build) is True
+    assert not abandoned.exists()
+    assert (tmp_path / ".building-other-abc").exists(), "another process may be building that one"

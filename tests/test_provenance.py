@@ -118,7 +118,7 @@ def test_code_changes_it(before, after):
 @pytest.mark.parametrize("module", MODULES)
 def test_what_is_left_of_a_module_is_the_same_program(module):
     """But for docstrings the syntax trees are equal, so no text that a program uses was changed."""
-    source = provenance._path(module).read_text(encoding="utf-8")
+    source = provenance.SOURCES[module]
     left = provenance.code_only(source)
     assert ast.dump(_without_docstrings(ast.parse(left))) == ast.dump(_without_docstrings(ast.parse(source)))
     assert provenance.code_only(left) == left
@@ -277,7 +277,7 @@ for site in sys.argv[2:]:
         loop.training_step = lambda *given, **options: steps.append(1) or training_step(*given, **options)
         run = distill(DistillConfig(**choices))
         soft = run.history[0]["losses"]["soft"]
-        print(json.dumps({"folder": run.folder.name, "steps": len(steps), "soft": soft, **run.metrics}), flush=True)
+        print(json.dumps({"folder": run.folder.name, "made": len(steps), "soft": soft, **run.metrics}), flush=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """
@@ -298,13 +298,19 @@ def test_a_run_is_found_again_until_its_code_changes(tmp_path, monkeypatch, toke
     runs = [json.loads(line) for line in said.splitlines()]
     assert len(runs) == len(order)
     first, again, with_other_plots, with_another_loss, once_more, back = runs
-    assert first["steps"] > 0
-    assert again == with_other_plots == back == first | {"steps": 0}
+    assert first["made"] > 0
+    assert again == with_other_plots == back == first | {"made": 0}
     assert with_another_loss["folder"] != first["folder"]
-    assert with_another_loss["steps"] > 0
+    assert with_another_loss["made"] > 0
     assert with_another_loss["soft"] != first["soft"]
-    assert once_more == with_another_loss | {"steps": 0}
+    assert once_more == with_another_loss | {"made": 0}
     for kind in ("runs", "teachers", "teacher_logits"):
         assert len(list((tmp_path / "artifacts" / kind).glob("[0-9a-f]*"))) == 2, kind
     stored = json.loads((tmp_path / "artifacts" / "runs" / first["folder"] / "provenance.json").read_text())
     assert stored["source"] == digest_in(sites["first"]).strip()
+
+
+def test_a_notebook_that_imports_the_package_as_a_whole_may_use_all_that_it_offers():
+    named = set(provenance.imports_of("import kd_helpers\nkd_helpers.distill(config)"))
+    assert {"kd_helpers.runs", "kd_helpers.loop", "kd_helpers.losses"} <= named
+    assert set(provenance.imports_of("from kd_helpers import distill")) == {"kd_helpers.runs"}

@@ -9,20 +9,22 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support import hub_cache, kills
 from support.models import tiny_bert
 from support.runs import same_run, tiny_config
 
 from kd_helpers import artifacts, checkpoints, loop, runs, teacher
 from kd_helpers.config import DistillConfig
-from kd_helpers.data import DataSplits, evaluation_batches, training_batches
+from kd_helpers.data import DataSplits, evaluation_batches, tokenize, training_batches
 from kd_helpers.models import freeze, teacher_forward
 from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.resolve import resolve
-from kd_helpers.runs import distill
+from kd_helpers.runs import DistillResult, distill
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher is at chance level")  # these are too small to learn
 
@@ -83,6 +85,67 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, monke
     assert same_run(whole, distill(config, data=data))
     assert len(stages) > 5, "the kills must not all have struck at one place"
     assert not list(folder.glob("checkpoints/[!.]*"))
+
+
+# Killed right before any of its writes, and in the middle of each
+
+
+@pytest.fixture(scope="module")
+def unfilled(tmp_path_factory, data) -> DistillConfig:
+    """Sixty steps, of which an epoch has thirteen, so that the last epoch is not filled."""
+    words = hub_cache.word_tokenizer([word for text in data.train["text"] for word in text.split()])
+    config = tiny_config(tmp_path_factory.mktemp("small"), words, batch_size=5, max_steps=60)
+    assert len(training_batches(tokenize(data.student_train, words, 24), words, 5, seed=0)) == 13
+    return config
+
+
+@pytest.mark.filterwarnings("error:.*damaged", "error:.*made again")  # a kill leaves nothing that has to be reported
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.longer)])
+def test_killed_between_any_two_writes_a_run_ends_in_the_same_weights(
+    tmp_path, monkeypatch, one_thread, unfilled, data, every
+):
+    """The same weights, predictions, history and measures, and nothing is left but what an undisturbed run leaves."""
+    monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "whole"))
+    whole = distill(unfilled, data=data)
+    assert [entry["step"] for entry in whole.history] == [13, 26, 39, 52, 60]
+
+    def attempt() -> None:
+        distill(unfilled, data=data)
+
+    def killed(how: Callable[..., None], number: int) -> DistillResult:
+        """What a run ends in that was killed, and started once more."""
+        folder = tmp_path / f"{how.__name__}-{number}"
+        monkeypatch.setenv("KD_ARTIFACTS", str(folder))
+        how(attempt, folder, number)
+        result = distill(unfilled, data=data)
+        assert sealed(folder) == sealed(tmp_path / "whole")
+        assert not list(folder.glob("checkpoints/[!.]*"))
+        shutil.rmtree(folder)
+        return result
+
+    monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "counted"))
+    events = kills.events_of(attempt, tmp_path / "counted")
+    points = [(kills.killed_before, number) for number in range(len(events))]
+    points += [(kills.killed_within, number) for number, event in enumerate(events) if event.writes]
+    assert len(points) > 150, "the events must be seen"
+    places = {event.path.split(os.sep)[-2] for event in events}
+    assert {"teachers", "teacher_logits", "checkpoints", "runs"} <= places
+    wrong = [
+        (how.__name__, number, events[number])
+        for how, number in points[::every]
+        if not same_run(whole, killed(how, number))
+    ]
+    assert wrong == []
+
+
+def sealed(folder: Path) -> list[str]:
+    """The folders below that are sealed, all of them intact."""
+    places = [path.parent for path in folder.rglob(artifacts.MANIFEST) if ".building" not in str(path)]
+    assert all(artifacts.damaged(place) == [] for place in places)
+    return sorted(str(place.relative_to(folder)) for place in places)
+
+
+# Interrupted by an error
 
 
 class InterruptionError(Exception):

@@ -263,7 +263,7 @@ def loss_explorer(
 # Predictions
 
 
-def answers(
+def class_probabilities(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int
 ) -> dict[str, torch.Tensor]:
     """Each model's probabilities `[C]` for one text, dropout off; the models' modes are put back after."""
@@ -359,7 +359,7 @@ def predictions_explorer(
     return _explorer(
         [sentence],
         lambda text: predictions_figure(
-            answers(models, tokenizer, text, max_length=max_length) if text.strip() else {}, label_names
+            class_probabilities(models, tokenizer, text, max_length=max_length) if text.strip() else {}, label_names
         ),
     )
 

@@ -215,7 +215,7 @@ def test_loss_of_a_hundred_classes_without_label():
 def test_answers_are_the_models_own_and_modes_are_put_back(models, tokenizer):
     models["teacher"].train()
     models["baseline"].eval()
-    first, again = (explorers.answers(models, tokenizer, "what a day", max_length=16) for _ in range(2))
+    first, again = (explorers.class_probabilities(models, tokenizer, "what a day", max_length=16) for _ in range(2))
     assert models["teacher"].training
     assert not models["baseline"].training
     for name, model in models.items():
@@ -230,19 +230,22 @@ def test_answers_are_the_models_own_and_modes_are_put_back(models, tokenizer):
 def test_a_mode_is_put_back_after_an_error_too(models, tokenizer):
     model = models["teacher"].train()
     with pytest.raises(RuntimeError):  # 512 positions, a text of more
-        explorers.answers({"teacher": model}, tokenizer, "day " * 600, max_length=600)
+        explorers.class_probabilities({"teacher": model}, tokenizer, "day " * 600, max_length=600)
     assert model.training
 
 
 def test_long_texts_are_cut(models, tokenizer):
     long, cut = ("day " * times for times in (600, 6))
-    first, second = (explorers.answers(models, tokenizer, text, max_length=8)["teacher"] for text in (long, cut))
+    first, second = (
+        explorers.class_probabilities(models, tokenizer, text, max_length=8)["teacher"] for text in (long, cut)
+    )
     torch.testing.assert_close(first, second)
 
 
 def test_mentions_are_masked_as_in_the_data(models, tokenizer):
     first, second = (
-        explorers.answers(models, tokenizer, text, max_length=32)["teacher"] for text in ("hi @Someone", "hi @user")
+        explorers.class_probabilities(models, tokenizer, text, max_length=32)["teacher"]
+        for text in ("hi @Someone", "hi @user")
     )
     torch.testing.assert_close(first, second)
 

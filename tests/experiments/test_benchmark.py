@@ -1,22 +1,30 @@
+"""The benchmark: every way trains what it says, on all texts; the clock is fair; the report says what was measured."""
+
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bert
+from support.models import tiny_bert
 
-from kd_helpers.course import plots
-from kd_helpers.experiments import benchmark
-from kd_helpers.experiments.benchmark import Bench, WAYS
+import kd_helpers
+from kd_helpers import loop
 from kd_helpers.config import DistillConfig
+from kd_helpers.course import plots
 from kd_helpers.data import evaluation_batches
+from kd_helpers.experiments import benchmark
+from kd_helpers.experiments.benchmark import WAYS, Bench
+from kd_helpers.lean import lean_training
 from kd_helpers.losses import soft_loss
+from kd_helpers.metrics import predict
 from kd_helpers.models import freeze
 from kd_helpers.optim import make_optimizer
-from kd_helpers.teacher import attach
-from kd_helpers.metrics import predict
+from kd_helpers.teacher import attach, cached_logits
 
 EPOCHS = 2
 
@@ -24,13 +32,13 @@ EPOCHS = 2
 @pytest.fixture
 def bench(own_artifacts, tokenized, tokenizer):
     teacher = freeze(tiny_bert(seed=9))
-    answers = benchmark.ask_once(teacher, tokenized, tokenizer, torch.float32)
+    teacher_logits = benchmark.fresh_logits(teacher, tokenized, tokenizer, torch.float32)
     return Bench(
         config=DistillConfig(epochs=EPOCHS, batch_size=16, learning_rate=1e-3),
         teacher=teacher,
         student=lambda seed: tiny_bert(seed=seed, dropout=0.0),
         tokenizer=tokenizer,
-        texts=attach(tokenized, answers),
+        texts=attach(tokenized, teacher_logits),
         validation=evaluation_batches(tokenized.select(range(96)), tokenizer),
         device=torch.device("cpu"),
         precision=torch.float32,
@@ -47,7 +55,7 @@ def texts_read(model: torch.nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("way", "asked"),
+    ("way", "epochs_of_teacher"),
     [
         ("usual loop", EPOCHS),
         ("Trainer, online teacher", EPOCHS),
@@ -58,12 +66,12 @@ def texts_read(model: torch.nn.Module) -> list[int]:
         ("fine-tuning", 0),
     ],
 )
-def test_every_way_trains_on_every_text_in_every_epoch(bench, way, asked):
+def test_every_way_trains_on_every_text_in_every_epoch(bench, way, epochs_of_teacher):
     student = bench.student(0)
     by_student, by_teacher = texts_read(student), texts_read(bench.teacher)
     WAYS[way](bench, student, 0)
     assert sum(by_student) == EPOCHS * len(bench.texts)
-    assert sum(by_teacher) == asked * len(bench.texts)
+    assert sum(by_teacher) == epochs_of_teacher * len(bench.texts)
     assert set(by_student) == {bench.config.batch_size}
     start = bench.student(0)
     for name, value in student.state_dict().items():
@@ -74,17 +82,17 @@ def test_every_way_trains_on_every_text_in_every_epoch(bench, way, asked):
 
 def test_the_loop_without_lean_trains_the_whole_table(bench, monkeypatch):
     sizes = {}
-    original = benchmark.train
+    original = benchmark.train_classifier
 
     def watching(model, *arguments, **settings):
-        history = original(model, *arguments, **settings)
+        progress = original(model, *arguments, **settings)
         sizes[way] = {len(p) for group in made[-1].param_groups for p in group["params"]}
-        return history
+        return progress
 
     made = []
-    monkeypatch.setattr(benchmark, "train", watching)
+    monkeypatch.setattr(benchmark, "train_classifier", watching)
     monkeypatch.setattr(
-        "kd_helpers.training.make_optimizer", lambda *a, **k: made.append(make_optimizer(*a, **k)) or made[-1]
+        "kd_helpers.loop.make_optimizer", lambda *a, **k: made.append(make_optimizer(*a, **k)) or made[-1]
     )
     for way in ("distillation", "distillation, not lean"):
         WAYS[way](bench, bench.student(0), 0)
@@ -93,10 +101,59 @@ def test_the_loop_without_lean_trains_the_whole_table(bench, monkeypatch):
     assert rows not in sizes["distillation"]
 
 
-def test_fine_tuning_carries_no_answers(bench, monkeypatch):
+def test_only_the_way_that_is_not_lean_does_without(bench, monkeypatch):
+    current, entered = [], []
+
+    def recording(model, token_ids):
+        entered.append(current[-1])
+        return lean_training(model, token_ids)
+
+    monkeypatch.setattr(loop, "lean_training", recording)
+    for way in WAYS:
+        current.append(way)
+        WAYS[way](bench, bench.student(0), 0)
+    courses = {"distillation", "distillation, cold", "distillation, float32", "fine-tuning"}
+    assert sorted(entered) == sorted(courses), "once for each training, and never by the others"
+
+
+def test_lean_is_the_only_difference(bench, monkeypatch):
+    """Without dropout and weight decay, training with lean and without comes to the same."""
+    bench = dataclasses.replace(bench, config=bench.config.replace(weight_decay=0.0))
+    students = [bench.student(0), bench.student(0)]
+    for way, student in zip(("distillation", "distillation, not lean"), students, strict=True):
+        WAYS[way](bench, student, 0)
+    for name, value in students[0].state_dict().items():
+        if "key.bias" not in name:  # which nothing but rounding moves
+            torch.testing.assert_close(value, students[1].state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_nothing_in_the_package_is_replaced_by_a_mock():
+    """A way that is timed with something patched is not what a reader runs."""
+    sources = sorted(Path(kd_helpers.__file__).parent.rglob("*.py"))
+    assert len(sources) > 40
+    for path in sources:
+        found = re.findall(r"\b(?:unittest|mock|Mock|MagicMock|monkeypatch|mocker)\b", path.read_text(encoding="utf-8"))
+        assert found == [], path
+
+
+def test_fresh_logits_never_find_a_cache(bench, own_artifacts):
+    cached_logits(bench.teacher, bench.texts, bench.tokenizer, precision=torch.float32)
+    before = sorted(own_artifacts.rglob("*"))
+    by_teacher = texts_read(bench.teacher)
+    found = cached_logits(bench.teacher, bench.texts, bench.tokenizer, precision=torch.float32)
+    assert by_teacher == [], "a cache is there"
+    for passes in (1, 2):
+        fresh = benchmark.fresh_logits(bench.teacher, bench.texts, bench.tokenizer, torch.float32)
+        assert sum(by_teacher) == passes * len(bench.texts)
+        assert torch.equal(fresh.lookup(found.ids), found.logits)
+    assert sorted(own_artifacts.rglob("*")) == before, "and leave none"
+    assert os.environ["KD_ARTIFACTS"] == str(own_artifacts)
+
+
+def test_fine_tuning_carries_no_teacher_logits(bench, monkeypatch):
     columns = []
     monkeypatch.setattr(
-        benchmark, "train", lambda student, batches, *_, **__: columns.append(batches.dataset.column_names)
+        benchmark, "train_classifier", lambda student, batches, *_, **__: columns.append(batches.dataset.column_names)
     )
     benchmark.plain_fine_tuning(bench, bench.student(0), 0)
     benchmark.distillation_warm(bench, bench.student(0), 0)
@@ -106,14 +163,14 @@ def test_fine_tuning_carries_no_answers(bench, monkeypatch):
 def test_all_ways_of_distilling_come_near_the_teacher(bench):
     with torch.no_grad():
         bench.teacher.classifier.weight.mul_(20)
-    answers = benchmark.ask_once(bench.teacher, bench.texts, bench.tokenizer, torch.float32)
+    teacher_logits = benchmark.fresh_logits(bench.teacher, bench.texts, bench.tokenizer, torch.float32)
     longer = bench.config.replace(alpha=1.0, epochs=6, learning_rate=3e-3)
-    bench = dataclasses.replace(bench, texts=attach(bench.texts, answers), config=longer)
+    bench = dataclasses.replace(bench, texts=attach(bench.texts, teacher_logits), config=longer)
     batches = evaluation_batches(bench.texts, bench.tokenizer)
 
     def gap(student) -> float:
         predictions = predict(student, batches)
-        return soft_loss(predictions.logits, answers.lookup(predictions.ids), 1.0).item()
+        return soft_loss(predictions.logits, teacher_logits.lookup(predictions.ids), 1.0).item()
 
     before = gap(bench.student(0))
     for way in WAYS.keys() - {"fine-tuning"}:
@@ -125,17 +182,17 @@ def test_all_ways_of_distilling_come_near_the_teacher(bench):
 def test_the_ways_take_turns(bench, monkeypatch):
     turns = []
     ways = {name: lambda bench, student, seed, name=name: turns.append((name, seed)) for name in ("a", "b")}
-    table = benchmark.measure(bench, ways, rounds=2)
+    table = benchmark.time_ways(bench, ways, rounds=2)
     assert turns == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]  # and begin in turn
     assert (table["seconds"] > 0).all()
     tokens = EPOCHS * sum(bench.texts["length"][:])
     np.testing.assert_allclose(table["tokens_per_second"] * table["seconds"], tokens)
 
 
-def test_a_sweep_asks_the_teacher_once(bench):
-    asked = texts_read(bench.teacher)
+def test_a_sweep_runs_the_teacher_once(bench):
+    by_teacher = texts_read(bench.teacher)
     cost = benchmark.sweep_cost(bench)
-    assert sum(asked) == len(bench.texts)
+    assert sum(by_teacher) == len(bench.texts)
     assert cost["settings"] == 12
     assert cost["ratio"] == pytest.approx(cost["sweep_seconds"] / cost["plain_seconds"])
 

@@ -1,5 +1,8 @@
+"""The comparison of chapter 06: its arms, its differences by seed and by text, and the one that is stored."""
+
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import time
 from types import SimpleNamespace
@@ -7,18 +10,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bert
 from scipy import stats
+from support.models import tiny_bert
+from support.runs import tiny_config
+from transformers import PretrainedConfig, PreTrainedModel
 
-from kd_helpers.experiments import statistics
-from kd_helpers import metrics
-from kd_helpers.experiments import comparison
-from kd_helpers.experiments.comparison import ARMS, BASELINE, FULL, FULL_SEEDS, METRICS
+from kd_helpers import artifacts, metrics
 from kd_helpers.config import DistillConfig
-from kd_helpers.data import LABEL_NAMES, evaluation_batches, load_splits
-from kd_helpers.models import load_student
-from kd_helpers.models import weights_digest
+from kd_helpers.data import LABEL_NAMES, corpus_digest, evaluation_batches, load_splits, read_corpus
+from kd_helpers.experiments import comparison, statistics
+from kd_helpers.experiments.comparison import (
+    ARMS,
+    BASELINE,
+    COMPARISON,
+    COMPARISON_SEEDS,
+    METRICS,
+    comparison_study,
+    signal_logits,
+)
+from kd_helpers.experiments.study import gains, run_arm
 from kd_helpers.metrics import classification_metrics
+from kd_helpers.models import load_student, weights_digest
+from kd_helpers.resolve import resolve
+from kd_helpers.runs import load_run
 
 stored = pytest.fixture(scope="module")(comparison.stored_comparison)
 
@@ -35,24 +49,35 @@ def made_up(differences=(0.01, 0.02, 0.03)):
                 "predicted": " ".join("0" * 10),
             }
             runs.append(run)
-    return {"arms": {BASELINE: {}, "tuned_teacher": {}}, "runs": runs, "labels": " ".join("0" * 5 + "1" * 5)}
+    arms = {name: ARMS[name].to_dict() for name in (BASELINE, "tuned_teacher")}
+    return {"arms": arms, "runs": runs, "labels": " ".join("0" * 5 + "1" * 5)}
 
 
 def test_paired_difference_leaves_out_what_the_arms_share():
-    row = comparison.paired_differences(made_up()).loc[ARMS["tuned_teacher"].title]
+    row = gains(made_up(), "accuracy", over=BASELINE).loc["tuned_teacher"]
     expected = stats.ttest_1samp([0.01, 0.02, 0.03], 0).confidence_interval()
-    assert row.difference == pytest.approx(0.02)
+    assert row.gain == pytest.approx(0.02)
     assert (row.low, row.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
 
-def test_difference_over_texts_needs_different_answers():
+def test_difference_over_texts_needs_different_predictions():
     compared = made_up()
     for run in compared["runs"]:
         run["predicted"] = " ".join("0000011111" if run["arm"] == "tuned_teacher" else "0000000000")
-    row = comparison.paired_over_texts(compared).loc[ARMS["tuned_teacher"].title]
+    row = comparison.gains_over_texts(compared).loc["tuned_teacher"]
     expected = stats.ttest_1samp([0.0] * 5 + [1.0] * 5, 0).confidence_interval()
-    assert row.difference == pytest.approx(0.5)
+    assert row.gain == pytest.approx(0.5)
     assert (row.low, row.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    over = comparison.gains_over_texts(compared, over="tuned_teacher")
+    assert over.loc[BASELINE, "gain"] == pytest.approx(-0.5)
+
+
+def test_the_summary_has_a_row_for_each_title():
+    table = comparison.summary(made_up())
+    assert list(table.index) == ["Baseline: labels only", "Tuned teacher"]
+    assert table.loc["Tuned teacher", "accuracy"] == pytest.approx(0.82)
+    expected = stats.t.ppf(0.975, 2) * stats.sem([0.71, 0.82, 0.93])
+    assert table.loc["Tuned teacher", "accuracy ±"] == pytest.approx(expected)
 
 
 def test_one_value_has_no_interval():
@@ -71,23 +96,99 @@ def test_fidelity_by_hand():
     assert other["kl"] > 0
 
 
+# The arms
+
+
 def test_arms_of_one_seed_differ_in_nothing_but_the_signal():
-    shared = {"seed", "max_steps", "batch_size", "learning_rate", "warmup_ratio", "weight_decay", "student_init"}
-    configs = [arm.configure(FULL) for arm in ARMS.values()]
-    for name in shared:
-        assert len({getattr(config, name) for config in configs}) == 1, name
-    starts = {weights_digest(load_student(config, LABEL_NAMES)) for config in configs}
+    shared = {
+        "seed",
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "warmup_ratio",
+        "weight_decay",
+        "student_init",
+        "lean",
+    }
+    configs = {name: arm.recipe.configure(COMPARISON) for name, arm in ARMS.items()}
+    for name in shared | {"lean", "precision", "max_length"}:
+        assert len({getattr(config, name) for config in configs.values()}) == 1, name
+    starts = {weights_digest(load_student(config, LABEL_NAMES)) for config in configs.values()}
     assert len(starts) == 1
-    assert ARMS["tuned_teacher"].configure(FULL).train_size == ARMS[BASELINE].configure(FULL).train_size
-    assert ARMS["transfer_set"].configure(FULL).transfer_size == 21_949
-    assert ARMS["more_labels"].configure(FULL).train_size == 4 * FULL.train_size
-    assert ARMS["untuned_teacher"].configure(FULL).teacher_epochs == 0
+    assert configs["tuned_teacher"].train_size == configs[BASELINE].train_size
+    assert configs["transfer_set"].transfer_size == 21_949
+    assert configs["more_labels"].train_size == 4 * COMPARISON.train_size
+    assert configs["untuned_teacher"].teacher_epochs == 0
 
 
 def test_a_uniform_teacher_knows_nothing(small_data):
-    answers = comparison.arm_answers(ARMS["label_smoothing"], FULL, small_data)
-    assert torch.equal(answers.logits, torch.zeros(64, 3))
-    assert comparison.arm_answers(ARMS[BASELINE], FULL, small_data) is None
+    setup = resolve(COMPARISON.replace(precision="float32"), small_data)
+    teacher_logits = signal_logits(ARMS["label_smoothing"].recipe, setup)
+    assert torch.equal(teacher_logits.logits, torch.zeros(64, 3))
+    assert torch.equal(teacher_logits.ids, torch.tensor(small_data.train["id"][:]))
+    assert signal_logits(ARMS[BASELINE].recipe, setup) is None
+
+
+# Runs
+
+
+@pytest.fixture
+def config(own_artifacts, tmp_path, tokenizer, small_data, monkeypatch) -> DistillConfig:
+    data = dataclasses.replace(small_data, teacher_train=small_data.teacher_train.select(range(64)))
+    monkeypatch.setattr(comparison, "resolve", lambda config: resolve(config, data))
+    return tiny_config(tmp_path, tokenizer, epochs=1)
+
+
+def test_a_run_measures_and_keeps_its_student(own_artifacts, config):
+    study = comparison_study(config, arms=["baseline", "label_smoothing", "tuned_teacher"], seeds=[0, 1])
+    runs = {name: run_arm(study, name, 1) for name in study.arms}
+    for name, run in runs.items():
+        assert run["steps"] == 4
+        assert {*METRICS, "kl", "confusion", "reliability", "seconds", "history"} <= run.keys()
+        assert np.sum(run["confusion"]) == len(run["predicted"].split()) == 40
+        assert run["history"][-1]["step"] == 4
+        kept = load_run(own_artifacts / run["folder"])
+        assert kept.config == ARMS[name].recipe.configure(config.replace(seed=1))
+        assert kept.metrics["test"]["nll"] == run["nll"]
+        assert kept.predictions.logits.argmax(dim=-1).tolist() == [int(number) for number in run["predicted"].split()]
+    assert len({run["nll"] for run in runs.values()}) == 3
+    assert run_arm(study, "baseline", 1) == runs["baseline"]
+
+
+def provenance_of(config: DistillConfig, arm: str, seed: int) -> dict:
+    """That of a run that trains nothing."""
+    study = dataclasses.replace(comparison_study(config), run=lambda *_: {})
+    return artifacts.load_json(artifacts.artifacts_dir() / run_arm(study, arm, seed)["folder"] / artifacts.PROVENANCE)
+
+
+def test_everything_that_decides_a_run_is_in_its_provenance(config):
+    found = provenance_of(config, "label_smoothing", 3)
+    assert found["arm"] == {
+        "title": "Label smoothing 0.2",
+        "recipe": {"teacher": "uniform", "temperature": 1.0, "alpha": 0.2, "labels": 1, "transfer": False},
+    }
+    assert found["seed"] == 3
+    choices = found["choices"]
+    assert choices["config"] == config.to_dict()
+    assert choices["texts"] == corpus_digest(read_corpus(config))
+    assert "float32" in choices["machine"]
+    assert len(set(choices["checkpoints"])) == 2
+    assert provenance_of(config.replace(seed=7), "label_smoothing", 3) == found, "each run has a seed of its own"
+    assert provenance_of(config.replace(weight_decay=0.1), "label_smoothing", 3) != found
+
+
+def test_a_changed_file_of_either_model_is_another_run(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "read_corpus", lambda config: "the course's tweets")  # they take a second
+    monkeypatch.setattr(comparison, "corpus_digest", lambda corpus: "their digest")
+    found = [provenance_of(config, BASELINE, 0)]
+    for model in ("teacher", "student"):
+        path = tmp_path / model / "config.json"
+        path.write_text(path.read_text() + " ")
+        found.append(provenance_of(config, BASELINE, 0))
+    assert len({artifacts.fingerprint(one) for one in found}) == 3
+
+
+# Measures
 
 
 def test_predict_and_evaluate_is_the_same_for_any_model(tokenized, tokenizer):
@@ -100,11 +201,11 @@ def test_predict_and_evaluate_is_the_same_for_any_model(tokenized, tokenizer):
 
 
 def test_latency_counts_every_batch_but_the_warm_up(tokenized, tokenizer):
-    class Sleeper(torch.nn.Module):
+    class Sleeper(PreTrainedModel):
         calls = 0
 
         def __init__(self):
-            super().__init__()
+            super().__init__(PretrainedConfig())
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, input_ids):
@@ -124,9 +225,10 @@ def test_latency_counts_every_batch_but_the_warm_up(tokenized, tokenizer):
 
 
 def test_stored_comparison_fits_the_configuration(stored):
-    assert DistillConfig(**stored["config"]) == FULL, "the configuration changed: run `make results` again"
-    assert stored["seeds"] == list(FULL_SEEDS)
-    assert {name: comparison.Arm(**arm) for name, arm in stored["arms"].items()} == ARMS
+    choices = stored["choices"]
+    assert DistillConfig(**choices["config"]) == COMPARISON, "the configuration changed: run `make results` again"
+    assert stored["seeds"] == list(COMPARISON_SEEDS)
+    assert stored["arms"] == {name: arm.to_dict() for name, arm in ARMS.items()}
 
 
 def test_stored_comparison_was_measured(stored):
@@ -136,13 +238,15 @@ def test_stored_comparison_was_measured(stored):
 
 
 def test_stored_comparison_is_complete(stored):
-    assert {(run["arm"], run["seed"]) for run in stored["runs"]} == {(arm, seed) for arm in ARMS for seed in FULL_SEEDS}
-    assert len(stored["runs"]) == len(ARMS) * len(FULL_SEEDS)
-    assert {run["steps"] for run in stored["runs"]} == {FULL.max_steps}
+    assert {(run["arm"], run["seed"]) for run in stored["runs"]} == {
+        (arm, seed) for arm in ARMS for seed in COMPARISON_SEEDS
+    }
+    assert len(stored["runs"]) == len(ARMS) * len(COMPARISON_SEEDS)
+    assert {run["steps"] for run in stored["runs"]} == {COMPARISON.max_steps}
     assert {"kd_helpers", "python", "torch", "transformers", "date"} <= set(stored["made_with"])
 
 
-def test_stored_numbers_follow_from_the_stored_answers(stored):
+def test_stored_numbers_follow_from_the_stored_predictions(stored):
     data = load_splits(DistillConfig())
     order = np.argsort(data.test["id"][:])
     labels = np.array(data.test["label"][:])[order]

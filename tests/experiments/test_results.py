@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from kd_helpers.experiments.comparison import FULL, run_arm, stored_comparison
-from kd_helpers.course.run import SWEPT
+from kd_helpers.course.full_sweep import SWEPT
+from kd_helpers.experiments.comparison import COMPARISON, comparison_study, stored_comparison
+from kd_helpers.experiments.study import run_arm
 from kd_helpers.experiments.sweep import stored_sweep, sweep
 
 pytestmark = pytest.mark.longer
@@ -22,7 +23,7 @@ NLL_TOLERANCE = 0.06
 def test_one_entry_is_what_a_new_run_gives(own_artifacts_but_teacher):
     arm, seed = "tuned_teacher", 0
     stored = next(run for run in stored_comparison()["runs"] if (run["arm"], run["seed"]) == (arm, seed))
-    again = run_arm(arm, FULL.replace(seed=seed))
+    again = run_arm(comparison_study(COMPARISON), arm, seed)
     assert again["steps"] == stored["steps"]
     assert again["accuracy"] == pytest.approx(stored["accuracy"], abs=ACCURACY_TOLERANCE)
     assert again["macro_recall"] == pytest.approx(stored["macro_recall"], abs=ACCURACY_TOLERANCE)

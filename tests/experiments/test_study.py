@@ -1,77 +1,333 @@
-"""A study: every arm with every seed, made once, kept, compared seed by seed."""
+"""A study: every arm with every seed, made once, stored with its provenance, compared seed by seed."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import datetime
+import importlib
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import kd_helpers
 from kd_helpers import artifacts
-from kd_helpers.experiments import study
-from kd_helpers.experiments.study import gains, means, run_study, stored_study, study_table
+from kd_helpers.config import DistillConfig
+from kd_helpers.experiments import RESULTS, comparison, dark_knowledge, distilbert, study, tinybert
+from kd_helpers.experiments.study import (
+    STUDIES,
+    Arm,
+    Study,
+    gains,
+    is_current,
+    made_with,
+    means,
+    origin,
+    run_arm,
+    run_study,
+    stored_study,
+    study_table,
+    titles,
+)
+from kd_helpers.provenance import made_by, source_digest
+
+MODULE = "kd_helpers.experiments.dark_knowledge"  # of which the small study says that it defines it
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """An arm that scores `times · seed + plus`."""
+
+    times: float = 1.0
+    plus: float = 0.0
+
+
+ARMS = {
+    "plain": Arm("The seed", Line()),
+    "ten": Arm("Ten more", Line(plus=10.0)),
+    "twice": Arm("Twice as much", Line(times=2.0)),
+}
 
 
 @pytest.fixture
-def asked() -> list[tuple[str, int]]:
+def happened() -> list[tuple[Line, int]]:
+    """The runs that were made, not found."""
     return []
 
 
 @pytest.fixture
-def arms(asked):
-    """An arm that scores its seed, one that scores 10 more, and one that scores twice as much as the first."""
+def small(own_artifacts, happened) -> Study:
+    def run(recipe: Line, seed: int, folder: Path) -> dict[str, float]:
+        happened.append((recipe, seed))
+        (folder / "student.txt").write_text("a student")
+        return {"score": recipe.times * seed + recipe.plus}
 
-    def arm(name, score):
-        def run(seed: int) -> dict[str, float]:
-            asked.append((name, seed))
-            return {"score": score(seed)}
-
-        return run
-
-    return {
-        "plain": arm("plain", float),
-        "ten": arm("ten", lambda s: s + 10.0),
-        "twice": arm("twice", lambda s: 2.0 * s),
-    }
+    return Study("small", MODULE, ARMS, (1, 3), {"steps": 5}, run)
 
 
-def test_every_arm_meets_every_seed_once(own_artifacts, arms, asked):
-    study = run_study("test", arms, (1, 3), choices={"steps": 5})
-    assert asked == [(arm, seed) for seed in (1, 3) for arm in arms]
-    assert json.loads(json.dumps(study)) == study
-    assert run_study("test", arms, (1, 3), choices={"steps": 5})["runs"] == study["runs"]
-    assert len(asked) == 6, "found again"
-    run_study("test", arms, (1, 3), choices={"steps": 6})
-    assert len(asked) == 12, "other choices are another study"
+def replaced(small: Study, **changes) -> Study:
+    return dataclasses.replace(small, **changes)
 
 
-def test_a_study_goes_on_where_it_was_cut_off(own_artifacts, arms, asked):
-    def cut_off(seed: int) -> dict[str, float]:
-        raise KeyboardInterrupt
+def test_every_arm_meets_every_seed_once(small, happened):
+    result = run_study(small)
+    assert happened == [(arm.recipe, seed) for seed in (1, 3) for arm in ARMS.values()]
+    assert json.loads(json.dumps(result)) == result
+    assert result["choices"] == {"steps": 5}
+    assert result["arms"]["ten"] == {"title": "Ten more", "recipe": {"times": 1.0, "plus": 10.0}}
+    assert result["seeds"] == [1, 3]
+    assert [(run["arm"], run["seed"]) for run in result["runs"]] == [(arm, seed) for seed in (1, 3) for arm in ARMS]
+    assert run_study(small)["runs"] == result["runs"]
+    assert len(happened) == 6, "found again"
+    run_study(replaced(small, choices={"steps": 6}))
+    assert len(happened) == 12, "other choices are another study"
+
+
+def test_a_study_goes_on_where_it_was_cut_off(small, happened):
+    def cut_off(recipe: Line, seed: int, folder: Path) -> dict[str, float]:
+        if recipe == ARMS["twice"].recipe:
+            raise KeyboardInterrupt
+        return small.run(recipe, seed, folder)
 
     with pytest.raises(KeyboardInterrupt):
-        run_study("test", {**arms, "twice": cut_off}, (1, 3), choices={})
-    assert asked == [("plain", 1), ("ten", 1)]
-    run_study("test", arms, (1, 3), choices={})
-    assert asked.count(("plain", 1)) == 1
+        run_study(replaced(small, run=cut_off))
+    assert happened == [(Line(), 1), (Line(plus=10.0), 1)]
+    run_study(small)
+    assert happened.count((Line(), 1)) == 1
+    assert len(happened) == 6
 
 
-def test_arms_are_compared_seed_by_seed(own_artifacts, arms):
-    study = run_study("test", arms, (1, 3), choices={})
-    assert list(study_table(study, "score")) == ["plain", "ten", "twice"]
-    assert means(study, "score")["mean"].to_dict() == {"plain": 2.0, "ten": 12.0, "twice": 4.0}
-    gain = gains(study, "score", over="plain")
+def test_arms_are_compared_seed_by_seed(small):
+    result = run_study(small)
+    assert list(study_table(result, "score")) == ["plain", "ten", "twice"]
+    assert means(result, "score")["mean"].to_dict() == {"plain": 2.0, "ten": 12.0, "twice": 4.0}
+    gain = gains(result, "score", over="plain")
+    assert list(gain.columns) == ["gain", "low", "high"]
     assert gain.loc["ten"].to_list() == [10.0, 10.0, 10.0], "the same for each seed: no spread"
     assert gain.loc["twice", "gain"] == 2.0
     assert gain.loc["twice", "low"] < 0 < gain.loc["twice", "high"]
+    assert "plain" not in gain.index
+    assert titles(result) == {"plain": "The seed", "ten": "Ten more", "twice": "Twice as much"}
 
 
-def test_the_command_stores_a_study(own_artifacts, monkeypatch, tmp_path):
-    monkeypatch.setattr(artifacts, "RESULTS", tmp_path)
-    made = {"made_with": {}, "choices": {}, "runs": []}
+# What a run is stored under
+
+
+def test_a_run_is_stored_with_its_provenance(small, own_artifacts):
+    run = run_arm(small, "ten", 3)
+    assert run == {"arm": "ten", "seed": 3, "score": 13.0, "folder": run["folder"]}
+    folder = own_artifacts / run["folder"]
+    stored = artifacts.load_json(folder / artifacts.PROVENANCE)
+    assert stored == {
+        **made_by(MODULE),
+        "study": "small",
+        "arm": {"title": "Ten more", "recipe": {"times": 1.0, "plus": 10.0}},
+        "seed": 3,
+        "choices": {"steps": 5},
+    }
+    assert stored["source"] == source_digest(MODULE)
+    assert folder.name == artifacts.fingerprint(stored)
+    assert (folder / "student.txt").read_text() == "a student", "a run may keep files"
+    assert artifacts.is_intact(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arms": {"ten": Arm("Ten more", Line(plus=11.0))}},
+        {"arms": {"ten": Arm("Ten more", Line(times=3.0, plus=10.0))}},
+        {"choices": {"steps": 6}},
+        {"choices": {"steps": 5, "copies": 1}},
+        {"choices": {}},
+        {"module": "kd_helpers.experiments.tinybert"},
+        {"name": "another"},
+    ],
+)
+def test_what_decides_a_run_makes_it_anew(small, happened, changes):
+    first = run_arm(small, "ten", 1)
+    again = run_arm(replaced(small, **changes), "ten", 1)
+    assert again["folder"] != first["folder"]
+    assert len(happened) == 2
+    assert run_arm(small, "ten", 1) == first
+    assert len(happened) == 2, "the first is still there"
+
+
+def test_another_seed_is_another_run(small, happened):
+    assert run_arm(small, "ten", 1)["folder"] != run_arm(small, "ten", 2)["folder"]
+    assert len(happened) == 2
+
+
+def test_other_code_makes_a_run_anew(small, happened, monkeypatch):
+    first, asked = run_arm(small, "ten", 1), []
+    monkeypatch.setattr(study, "made_by", lambda *modules: asked.append(modules) or {"source": "another digest"})
+    again = run_arm(small, "ten", 1)
+    assert again["folder"] != first["folder"]
+    assert len(happened) == 2
+    assert asked == [(MODULE,)], "the code is that of the module which defines the study"
+    assert run_arm(small, "ten", 1) == again
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arms": {"ten": ARMS["ten"]}},
+        {"arms": dict(reversed(ARMS.items()))},
+        {"arms": {**ARMS, "new": Arm("New", Line(times=9.0))}},
+        {"arms": {"plain": Arm("Another baseline", Line(plus=-1.0)), "ten": ARMS["ten"]}},
+        {"seeds": (1,)},
+        {"seeds": (5, 1, 3)},
+        {"run": lambda *_: pytest.fail("it was made twice")},
+    ],
+)
+def test_nothing_else_makes_a_run_anew(small, happened, changes):
+    """Neither what a study has beside this arm and this seed, nor their order, nor how the run is called."""
+    first = run_arm(small, "ten", 1)
+    assert run_arm(replaced(small, **changes), "ten", 1) == first
+    assert len(happened) == 1
+
+
+def test_neither_a_release_nor_another_day_makes_a_run_anew(small, happened, monkeypatch):
+    first = run_arm(small, "ten", 1)
+    monkeypatch.setattr(kd_helpers, "__version__", "99.0")
+    monkeypatch.setattr(study.torch, "get_num_threads", lambda: 64)
+    later = SimpleNamespace(today=lambda: datetime.date(2100, 1, 1))
+    monkeypatch.setattr(study, "datetime", SimpleNamespace(date=later))
+    assert run_arm(small, "ten", 1) == first
+    assert len(happened) == 1
+    made = run_study(small)["made_with"]
+    assert (made["kd_helpers"], made["date"]) == ("99.0", "2100-01-01")
+
+
+def test_the_order_of_the_choices_does_not_matter(small, happened):
+    one, other = {"steps": 5, "copies": 1}, {"copies": 1, "steps": 5}
+    assert run_arm(replaced(small, choices=one), "ten", 1) == run_arm(replaced(small, choices=other), "ten", 1)
+    assert len(happened) == 1
+
+
+def test_a_damaged_run_is_made_again(small, happened, own_artifacts):
+    first = run_arm(small, "ten", 1)
+    (own_artifacts / first["folder"] / "measures.json").write_text('{"score": 99.0}')
+    with pytest.warns(UserWarning, match="is damaged; it is built anew"):
+        assert run_arm(small, "ten", 1) == first
+    assert len(happened) == 2
+
+
+# What readers are told
+
+
+def test_a_result_of_todays_code_is_current(small):
+    result = run_study(small)
+    assert result["made_with"]["module"] == MODULE
+    assert result["made_with"]["source"] == source_digest(MODULE)
+    assert is_current(result)
+    assert origin(result) == f"Made with torch {result['made_with']['torch']} on {datetime.date.today().isoformat()}."
+
+
+def test_a_result_of_other_code_is_not(small):
+    result = copy.deepcopy(run_study(small))
+    made = result["made_with"] | {"date": "2030-01-02", "torch": "9.9", "kd_helpers": "0.4.9"}
+    for changed in (made | {"source": "0123456789abcdef"}, {name: made[name] for name in made.keys() - {"source"}}):
+        result["made_with"] = changed
+        assert not is_current(result)
+        said = origin(result)
+        assert said == "Made with torch 9.9 on 2030-01-02. The code has changed since (it was version 0.4.9)."
+
+
+def test_what_made_a_result_is_told():
+    made = made_with(MODULE)
+    assert {"module", "source", "kd_helpers", "python", "torch", "transformers", "machine", "date"} <= made.keys()
+    assert all(isinstance(value, str) for value in made.values())
+
+
+# The studies that come with the package
+
+MODULES = {"comparison": comparison, "dark_knowledge": dark_knowledge, "distilbert": distilbert, "tinybert": tinybert}
+SEEDS = {
+    "comparison": comparison.COMPARISON_SEEDS,
+    "dark_knowledge": dark_knowledge.SEEDS,
+    "distilbert": distilbert.SEEDS,
+    "tinybert": tinybert.SEEDS,
+}
+
+
+def test_every_study_that_can_be_made_is_stored():
+    assert set(STUDIES) == MODULES.keys()
+    for name, module in MODULES.items():
+        assert callable(module.study)
+        assert (RESULTS / f"{name}.json").is_file()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_stored_study_has_the_arms_of_today(name):
+    """Or a figure would put today's titles on what another arm once measured."""
+    stored, arms = stored_study(name), MODULES[name].ARMS
+    today = {arm: described.to_dict() for arm, described in arms.items()}
+    assert stored["arms"] == json.loads(json.dumps(today))
+    assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
+    assert titles(stored) == {arm: described.title for arm, described in arms.items()}
+    assert list(study_table(stored, "accuracy" if name != "dark_knowledge" else "arm")) == list(arms)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_stored_study_is_complete(name):
+    stored = stored_study(name)
+    assert stored["seeds"] == list(SEEDS[name])
+    found = [(run["arm"], run["seed"]) for run in stored["runs"]]
+    assert len(set(found)) == len(found)
+    assert set(found) == {(arm, seed) for arm in MODULES[name].ARMS for seed in SEEDS[name]}
+
+
+@pytest.mark.parametrize(("name", "module"), [("distilbert", distilbert), ("tinybert", tinybert)])
+def test_a_stored_study_was_made_with_the_choices_of_today(name, module):
+    choices = stored_study(name)["choices"]
+    assert DistillConfig(**choices["config"]) == module.CONFIG
+    assert choices["steps"] == module.STEPS
+    if name == "distilbert":
+        assert choices["adaptation_steps"] == 600
+        assert choices["second_distillation"] == distilbert.SECOND_DISTILLATION
+    else:
+        assert choices["copies"] == tinybert.COPIES
+        assert choices["learning_rates"] == tinybert.LEARNING_RATES
+
+
+def test_the_stored_digits_were_made_with_the_choices_of_today():
+    assert stored_study("dark_knowledge")["choices"] == json.loads(json.dumps(dark_knowledge.CHOICES))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_stored_study_says_where_it_comes_from(name):
+    stored = stored_study(name)
+    made = stored["made_with"]
+    said = origin(stored)
+    assert said.startswith(f"Made with torch {made['torch']} on {made['date']}.")
+    datetime.date.fromisoformat(made["date"])
+    if "source" not in made:  # of 0.4.0 and before
+        assert not is_current(stored)
+    changed = f" The code has changed since (it was version {made['kd_helpers']})."
+    assert said.endswith(changed) == (not is_current(stored))
+
+
+# The command
+
+
+def test_the_command_stores_a_study(own_artifacts, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    made = {"made_with": {}, "choices": {}, "arms": {"one": {}}, "seeds": [0], "runs": [{}, {}]}
+    asked = []
     monkeypatch.setattr(
-        "kd_helpers.studies.importlib.import_module", lambda name: type("M", (), {"study": lambda: made})
+        study.importlib, "import_module", lambda name: asked.append(name) or SimpleNamespace(study=lambda: made)
     )
-    studies.main(["dark_knowledge"])
+    assert study.main(["dark_knowledge"]) == 0
+    assert asked == ["kd_helpers.experiments.dark_knowledge"]
     assert stored_study("dark_knowledge") == made
-    with pytest.raises(SystemExit):
-        studies.main(["other"])
+    assert capsys.readouterr().out == f"2 runs of 1 arms, written to {tmp_path / 'dark_knowledge.json'}\n"
+
+
+def test_a_study_that_does_not_exist_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail("it was loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        study.main(["other"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'other'" in capsys.readouterr().err

@@ -17,11 +17,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from scipy import stats
 
-from kd_helpers import loop, models
-from kd_helpers import artifacts
+from kd_helpers import artifacts, provenance
+from kd_helpers.course.full_sweep import SWEPT
 from kd_helpers.experiments import sweep
-from kd_helpers.course.run import SWEPT
 from kd_helpers.experiments.sweep import stored_sweep
+from kd_helpers.provenance import made_by
 
 TIMES = ["wall_seconds", "threads", "ended"]
 KERNEL = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
@@ -63,7 +63,7 @@ def executions(path: Path) -> list[str]:
 
 
 def start(path: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "kd_helpers.sweep", str(path), *map(str, arguments)]
+    command = [sys.executable, "-m", "kd_helpers", "sweep", str(path), *map(str, arguments)]
     # A job in the background of a script ignores Ctrl-C, and so would what it starts; a reader's shell does not.
     heeds = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
@@ -173,7 +173,7 @@ on = False"""
     assert type(defaults["x"]) is float, "1 and 1.0 are one setting"
 
 
-def test_a_run_is_known_by_code_parameters_and_package(toy, monkeypatch):
+def test_a_run_is_known_by_its_code_and_its_parameters(toy, monkeypatch):
     def names(**parameters):
         return [setting.run.name for setting in sweep.plan(sweep.read_notebook(toy), {"x": [1.0]}, parameters)]
 
@@ -185,8 +185,124 @@ def test_a_run_is_known_by_code_parameters_and_package(toy, monkeypatch):
     write_notebook(toy, body=BODY + "\n# other code")
     assert names() != before
     write_notebook(toy)
-    monkeypatch.setattr(sweep, "__version__", "0.0.0")
+    monkeypatch.setattr(sweep, "made_by", lambda *modules: {"source": "another digest"})
     assert names() != before
+
+
+def run_names(path: Path, **parameters) -> list[str]:
+    return [setting.run.name for setting in sweep.plan(sweep.read_notebook(path), {"x": [1.0]}, parameters)]
+
+
+IMPORTING = """%matplotlib inline
+from kd_helpers import distill
+import kd_helpers.losses
+if mode == "never":
+    %pip install nothing
+    from kd_helpers.methods import tinybert
+    from kd_helpers.course import plots
+"""
+IMPORTED = ("kd_helpers.runs", "kd_helpers.losses", "kd_helpers.methods.tinybert")
+
+
+def test_the_code_that_a_notebook_imports_is_part_of_what_a_run_is_known_by(toy, tmp_path, monkeypatch):
+    importing, asked = write_notebook(tmp_path / "importing.ipynb", body=IMPORTING + BODY), []
+    assert sweep.read_notebook(importing).made_by == made_by(*IMPORTED)
+    assert sweep.read_notebook(toy).made_by == made_by()
+    before = run_names(importing)
+    monkeypatch.setattr(sweep, "made_by", lambda *modules: asked.append(modules) or {"source": "another digest"})
+    assert run_names(importing) != before
+    assert asked == [IMPORTED]
+
+
+@pytest.mark.parametrize(
+    ("module", "counts"), [("losses", True), ("methods.tinybert", True), ("shards", False), ("course.plots", False)]
+)
+def test_a_changed_module_is_another_run_where_the_notebook_imports_it(tmp_path, monkeypatch, module, counts):
+    importing = write_notebook(tmp_path / "importing.ipynb", body=IMPORTING + BODY)
+    before = run_names(importing)
+    name = f"kd_helpers.{module}"
+    monkeypatch.setitem(provenance.SOURCES, name, provenance.SOURCES[name] + "\nCHANGED = True\n")
+    provenance.source_digest.cache_clear()
+    try:
+        assert (run_names(importing) != before) == counts
+    finally:
+        provenance.source_digest.cache_clear()
+
+
+def test_the_courses_sweep_depends_on_the_loop_and_all_below_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep, "made_by", lambda *modules: asked.append(modules) or {"source": "a digest"})
+    sweep.read_notebook(SWEPT)
+    found = provenance.imported_modules(*asked)
+    assert {f"kd_helpers.{name}" for name in ("runs", "teacher", "loop", "losses", "data", "models", "lean")} <= found
+
+
+def write_texts(path: Path, word: str) -> None:
+    rows = "".join(f"{word} {number},{number % 2}\n" for number in range(20))
+    path.write_text("text,label\n" + rows)
+
+
+@pytest.mark.parametrize("name", ["data", "validation_data", "test_data"])
+def test_other_texts_in_the_same_file_of_the_home_folder_are_another_run(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    notebook, names = sweep.read_notebook(SWEPT), []
+    for other in ("data", "validation_data", "test_data"):
+        write_texts(tmp_path / f"{other}.csv", other)
+    fixed = {"data": "~/data.csv", "validation_data": "~/validation_data.csv", "test_data": "~/test_data.csv"}
+    for word in (name, "another", "another"):
+        write_texts(tmp_path / f"{name}.csv", word)
+        (setting,) = sweep.plan(notebook, {"alpha": [0.5]}, fixed)
+        names.append(setting.run.name)
+    assert names[0] != names[1] == names[2]
+
+
+CHECKPOINTS = PARAMETERS.replace(
+    "output_dir", 'teacher_checkpoint: str = ""  # a folder\nstudent_checkpoint: str = ""  # another\noutput_dir'
+)
+
+
+@pytest.mark.parametrize("parameter", ["teacher_checkpoint", "student_checkpoint"])
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("model.safetensors", True),
+        ("config.json", True),
+        ("tokenizer.json", True),
+        ("vocab.txt", True),
+        ("README.md", False),
+    ],
+)
+def test_a_changed_file_of_a_model_is_another_run(tmp_path, parameter, file, counts):
+    swept = write_notebook(tmp_path / "swept.ipynb", parameters=CHECKPOINTS)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "README.md"):
+        (folder / name).write_text(name)
+    before = run_names(swept, **{parameter: str(folder)})
+    assert run_names(swept, **{parameter: str(folder)}) == before
+    (folder / file).write_text("another")
+    assert (run_names(swept, **{parameter: str(folder)}) != before) == counts
+
+
+PLANNING = """
+import sys
+import kd_helpers.experiments.sweep
+heavy = {{"torch", "transformers", "datasets", "sklearn", "scipy"}}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+status = kd_helpers.experiments.sweep.main(
+    [{notebook!r}, "-g", "temperature=1,4", "-g", "alpha=0,0.5", "--out", {out!r}, "--dry-run"]
+)
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+sys.exit(status)
+"""
+
+
+def test_a_sweep_is_planned_without_loading_torch(tmp_path):
+    code = PLANNING.format(notebook=str(SWEPT), out=str(tmp_path / "out"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{SWEPT.stem}: settings 4, runs 3 (at alpha 0 one run serves all temperatures)" in done.stdout
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_is_named_for_people(toy):
@@ -299,6 +415,19 @@ def test_a_changed_notebook_runs_again_and_the_table_holds_one_experiment(toy, t
     assert len(executions(toy)) == 3, "the first version was found again"
 
 
+def test_changed_code_of_the_package_runs_again_and_the_table_holds_one_experiment(toy, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    sweep.sweep(toy, {"x": [1, 2]}, out=out)
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "made_by", lambda *modules: {"source": "another digest"})
+        table = sweep.sweep(toy, {"x": [1]}, out=out)
+        assert table["x"].tolist() == [1.0]
+        assert len(executions(toy)) == 3
+        assert sweep.read_plan(out)["provenance"]["source"] == "another digest"
+    assert sweep.sweep(toy, {"x": [1]}, out=out)["x"].tolist() == [1.0]
+    assert len(executions(toy)) == 3, "that of the first code was found again"
+
+
 def test_a_damaged_run_is_reported_and_made_again(toy, tmp_path):
     (run,) = sweep.sweep(toy, {"x": [1]}, out=tmp_path / "out")["run"]
     path = tmp_path / "out" / "runs" / run / "run.json"
@@ -327,7 +456,7 @@ def test_stopped_in_the_middle_of_a_run_it_goes_on_from_there(tmp_path, by):
     stopped.send_signal(by)
     printed, _ = stopped.communicate()
     assert stopped.returncode == (130 if by == signal.SIGINT else -signal.SIGKILL)
-    assert ("the same command goes on from here" in printed) == (by == signal.SIGINT)
+    assert ("What was finished is kept, and the same command finds it again." in printed) == (by == signal.SIGINT)
     half = sweep.collect(out)
     assert half["status"].tolist() == ["finished", "planned", "planned"]
     assert half["validation_accuracy"].tolist()[0] == 0.1
@@ -351,7 +480,7 @@ def test_two_sweeps_share_a_folder(tmp_path):
     printed = [process.communicate() for process in both]
     for process, (output, errors) in zip(both, printed, strict=True):
         assert process.returncode == 1, errors
-        assert output.count("failed: ") == 1, "both asked for x = 3"
+        assert output.count("failed: ") == 1, "both wanted x = 3"
     assert sorted(executions(toy)) == ["1.0 a", "2.0 a", "3.0 a", "5.0 a", "6.0 a"], "nothing is done twice"
     table = sweep.collect(out)
     assert table["x"].tolist() == [1, 2, 3, 5, 6]
@@ -361,20 +490,21 @@ def test_two_sweeps_share_a_folder(tmp_path):
 
 COUNTING = """
 import pathlib
+from kd_helpers import runs, teacher
 
 def count(what):
     with open(pathlib.Path(__file__).with_name("passes"), "a") as log:
         log.write(what + "\\n")
 
-def ask(teacher, batch, precision, ask=models.teacher_forward):
-    count(f"asked {len(batch['id'])}")
-    return ask(teacher, batch, precision)
+def run(model, batch, precision, run=teacher.teacher_forward):
+    count(f"run {len(batch['id'])}")
+    return run(model, batch, precision)
 
-def train(*arguments, description, train=loop.train_classifier, **options):
+def train(*arguments, description, train=runs.train_classifier, **options):
     count(description)
     return train(*arguments, description=description, **options)
 
-models.teacher_forward, loop.train_classifier = ask, train
+teacher.teacher_forward, runs.train_classifier, teacher.train_classifier = run, train, train
 """
 DISTILLATION = """import sys
 sys.path.insert(0, {here!r})
@@ -394,7 +524,7 @@ seed: int = 0  # seed
 output_dir: str = ""  # where"""
 
 
-def test_the_teacher_is_tuned_once_and_asked_once_in_the_whole_sweep(tmp_path, own_artifacts):
+def test_the_teacher_is_tuned_once_and_run_once_in_the_whole_sweep(tmp_path, own_artifacts):
     """Two sweeps start cold, together, with two temperatures and two alphas."""
     (tmp_path / "counting.py").write_text(COUNTING)
     notebook = write_notebook(tmp_path / "small.ipynb", body=DISTILLATION, parameters=DISTILLATION_PARAMETERS)
@@ -414,7 +544,7 @@ sys.exit(main([{str(notebook)!r}, "-g", "temperature=1,4", "-g", "alpha=0.5,1", 
     passes = (tmp_path / "passes").read_text().splitlines()
     assert passes.count("Distilling") == 4
     assert passes.count("Fine-tuning the teacher") == 1
-    assert [line for line in passes if line.startswith("asked")] == ["asked 64"]
+    assert [line for line in passes if line.startswith("run")] == ["run 64"]
     assert sweep.collect(tmp_path / "out")["validation_nll"].nunique() == 4, "settings differ in what they give"
 
 
@@ -489,8 +619,7 @@ def test_other_texts_in_the_same_file_are_another_run(tmp_path, monkeypatch):
     notebook = sweep.read_notebook(SWEPT)
     names = set()
     for word in ("fine", "other"):
-        rows = "".join(f"{word} {number},{number % 2}\n" for number in range(20))
-        Path("own.csv").write_text("text,label\n" + rows)
+        write_texts(Path("own.csv"), word)
         (setting,) = sweep.plan(notebook, {"alpha": [0.5]}, {"data": "own.csv"})
         names.add(setting.run.name)
     assert len(names) == 2

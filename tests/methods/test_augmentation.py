@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,26 +10,45 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from kd_helpers.methods import augmentation
-from kd_helpers.methods.augmentation import augmented_texts, candidate_words, replace_words, replaceable_words, whole_words
 from kd_helpers.data import duplicate_key, require_disjoint
 from kd_helpers.losses import IGNORE_INDEX
+from kd_helpers.methods import augmentation
+from kd_helpers.methods.augmentation import (
+    augmented_texts,
+    candidate_words,
+    replace_words,
+    replaceable_words,
+    whole_words,
+)
 
 TEXTS = ["@user Deflategate is great, isn't it? #NFL http", "Watching the snowboarders again", "I'm ok @user"]
 
 
-@pytest.fixture(scope="module")
-def language(tokenizer):
-    torch.manual_seed(0)
+def tiny_language(tokenizer, *, seed: int = 0) -> BertForMaskedLM:
+    torch.manual_seed(seed)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape))
     torch.nn.init.normal_(model.get_input_embeddings().weight)  # so that contexts tell candidates apart
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def language(tokenizer):
+    return tiny_language(tokenizer)
+
+
 @pytest.fixture
 def few(splits):
     return dataclasses.replace(splits, train=splits.train.select(range(6)))
+
+
+@pytest.fixture
+def fewer(few):
+    """With 50 texts in each of the other splits, so that they are read in no time."""
+    names = ("transfer", "teacher_train", "validation", "test")
+    return dataclasses.replace(
+        few, **{name: getattr(few, name).select(range(min(50, len(getattr(few, name))))) for name in names}
+    )
 
 
 def spans(text: str, *words: str) -> list[tuple[int, int]]:
@@ -132,6 +152,69 @@ def test_it_is_made_once(own_artifacts, few, tokenizer, language, monkeypatch):
     augmented_texts(few, language, tokenizer, copies=1, count=2)
     monkeypatch.setattr(augmentation, "candidate_words", None)
     augmented_texts(few, language, tokenizer, copies=1, count=2)
+
+
+def another_vocabulary(tokenizer):
+    """That of the same model, with a word more."""
+    own = copy.deepcopy(tokenizer)
+    assert own.add_tokens(["zebrafishes"]) == 1
+    return own
+
+
+OTHERWISE = {
+    "nothing": lambda few, language, tokenizer: (few, language, tokenizer),
+    "vocabulary": lambda few, language, tokenizer: (few, language, another_vocabulary(tokenizer)),
+    "texts": lambda few, language, tokenizer: (
+        dataclasses.replace(few, train=few.train.select(range(5))),
+        language,
+        tokenizer,
+    ),
+    "held-out texts": lambda few, language, tokenizer: (
+        dataclasses.replace(few, test=few.test.select(range(5))),
+        language,
+        tokenizer,
+    ),
+    "language model": lambda few, language, tokenizer: (few, tiny_language(tokenizer, seed=1), tokenizer),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_it_is_made_anew_for_other_texts_models_and_vocabularies(
+    own_artifacts, fewer, tokenizer, language, monkeypatch, what
+):
+    made = []
+    monkeypatch.setattr(augmentation, "candidate_words", lambda texts, *_, **__: made.append(1) or [{} for _ in texts])
+    augmented_texts(fewer, language, tokenizer, copies=1)
+    other = OTHERWISE[what](fewer, language, tokenizer)
+    for _ in range(2):
+        augmented_texts(*other, copies=1)
+    assert len(made) == (1 if what == "nothing" else 2)
+    augmented_texts(fewer, language, tokenizer, copies=1)
+    assert len(made) == (1 if what == "nothing" else 2), "the first is still there"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"copies": 2}, {"probability": 0.3}, {"count": 3}, {"seed": 1}, {"max_length": 64}, {"precision": torch.bfloat16}],
+)
+def test_it_is_made_anew_for_other_choices(own_artifacts, fewer, tokenizer, language, monkeypatch, change):
+    made = []
+    monkeypatch.setattr(augmentation, "candidate_words", lambda texts, *_, **__: made.append(1) or [{} for _ in texts])
+    augmented_texts(fewer, language, tokenizer, copies=1)
+    augmented_texts(fewer, language, tokenizer, **{"copies": 1} | change)
+    assert len(made) == 2
+
+
+def test_it_is_made_anew_by_other_code(own_artifacts, fewer, tokenizer, language, monkeypatch):
+    made, asked = [], []
+    monkeypatch.setattr(augmentation, "candidate_words", lambda texts, *_, **__: made.append(1) or [{} for _ in texts])
+    for digest, count in (("one", 1), ("one", 1), ("other", 2), ("one", 2)):
+        monkeypatch.setattr(
+            augmentation, "made_by", lambda *modules, digest=digest: asked.append(modules) or {"source": digest}
+        )
+        augmented_texts(fewer, language, tokenizer, copies=1)
+        assert len(made) == count
+    assert set(asked) == {("kd_helpers.methods.augmentation",)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Chapter 10's pieces against plain references: splits, jitter, the loop, ensembles, biases, the study."""
+"""Chapter 10's pieces against plain references: splits, jitter, training, ensembles, biases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from kd_helpers.experiments import dark_knowledge
 from kd_helpers.methods import digits as dk
 from kd_helpers.methods.digits import Digits
 
@@ -244,17 +243,3 @@ def test_what_a_student_knows_of_digits_it_never_saw(splits, monkeypatch):
     assert (found["unseen_before"], found["unseen_after"]) == (0, threes)
     assert found["others_before"] == found["others_after"] == 599 - threes
     assert (found["errors_before"], found["errors_after"]) == (threes, 0)
-
-
-def test_study_runs_every_experiment(own_artifacts, monkeypatch):
-    small = {"teacher_units": 8, "teachers": 2, "temperatures": [1.0, 8.0], "steps": {"teacher": 2, "800": 1, "30": 2}}
-    monkeypatch.setattr(dark_knowledge, "STUDY", dark_knowledge.STUDY | small)
-    monkeypatch.setattr(dark_knowledge, "SEEDS", (0, 1))
-    study = dark_knowledge.study()
-    runs = {run["arm"]: run for run in study["runs"] if run["seed"] == 1}
-    assert len(study["runs"]) == 2 * len(runs)
-    assert {"teacher", "ensemble", "student of the ensemble", "30 units: labels", "800 units: T = 8"} <= set(runs)
-    for name in ("no 3: labels", "no 3: soft targets", "only 7 and 8: labels", "only 7 and 8: soft targets"):
-        assert runs[name]["unseen_after"] + runs[name]["others_after"] + runs[name]["errors_after"] == 599
-    assert all(0 <= runs[name]["train"] <= 1 for name in runs if name.startswith("few"))
-    assert study["choices"]["steps"]["30"] == 2

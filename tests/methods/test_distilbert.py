@@ -1,29 +1,43 @@
-"""The triple loss against the formula, what is hidden, the language teacher, and whole small runs."""
+"""The triple loss against the formula, what is masked, the language teacher, training and resuming it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_distilbert
+from support.models import tiny_distilbert
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from kd_helpers.experiments import distilbert
-from kd_helpers.methods import distilbert
-from kd_helpers.config import DistillConfig, PACKAGED_MODEL
-from kd_helpers.data import evaluation_batches, tokenize
-from kd_helpers.experiments.distilbert import COURSE, FULL, PLAIN, SHORT, run_arm
-from kd_helpers.methods.distilbert import Weights, answered, as_classifier, ask_language_model, fine_tune, held_out_batches, language_batches, language_loss, language_student, language_teacher, likely_words, load_language_model, train_language_model, triple_loss
-from kd_helpers.losses import IGNORE_INDEX
-from kd_helpers.models import freeze, load_teacher
-from kd_helpers.models import weights_digest
-from kd_helpers.teacher import TeacherLogits
+from kd_helpers.config import PACKAGED_MODEL, DistillConfig
+from kd_helpers.data import DataSplits, evaluation_batches, load_splits, tokenize
 from kd_helpers.loop import DivergedError
+from kd_helpers.losses import IGNORE_INDEX
+from kd_helpers.methods import distilbert
+from kd_helpers.methods.distilbert import (
+    Weights,
+    as_classifier,
+    fine_tune,
+    held_out_batches,
+    language_batches,
+    language_forward,
+    language_loss,
+    language_student,
+    language_teacher,
+    likely_words,
+    load_language_model,
+    train_language_model,
+    triple_loss,
+    with_teacher_states,
+)
 from kd_helpers.metrics import predict
+from kd_helpers.models import freeze, load_teacher, weights_digest
+from kd_helpers.resolve import Setup, resolve
+from kd_helpers.teacher import TeacherLogits
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -58,12 +72,17 @@ def headless(tmp_path_factory, tokenizer) -> str:
     return str(folder)
 
 
-# --- what is hidden ---
+def setup_of(data: DataSplits, **changes: Any) -> Setup:
+    usual = {"alpha": 0.0, "max_length": 24, "precision": "float32", "device": "cpu"}
+    return resolve(DistillConfig(**usual | changes), data)
 
 
-def test_hidden_tokens_are_real_ones_and_their_labels_what_stood_there(tokenized, tokenizer):
+# --- what is masked ---
+
+
+def test_masked_tokens_are_real_ones_and_their_labels_what_stood_there(tokenized, tokenizer):
     originals = {tuple(ids) for ids in tokenized["input_ids"][:]}
-    hidden = tokens = replaced = 0
+    masked = tokens = replaced = 0
     for batch in language_batches(tokenized, tokenizer, 16, seed=0):
         chosen = batch["labels"] != IGNORE_INDEX
         assert not chosen[batch["attention_mask"] == 0].any(), "padding"
@@ -72,10 +91,10 @@ def test_hidden_tokens_are_real_ones_and_their_labels_what_stood_there(tokenized
         assert not chosen[special].any(), "[CLS], [SEP]"
         for ids, mask in zip(restored, batch["attention_mask"].bool(), strict=True):
             assert tuple(ids[mask].tolist()) in originals
-        hidden, tokens = hidden + int(chosen.sum()), tokens + int((~special).sum())
+        masked, tokens = masked + int(chosen.sum()), tokens + int((~special).sum())
         replaced += int((batch["input_ids"][chosen] == tokenizer.mask_token_id).sum())
-    assert hidden / tokens == pytest.approx(0.15, abs=0.03)
-    assert replaced / hidden == pytest.approx(0.8, abs=0.1)
+    assert masked / tokens == pytest.approx(0.15, abs=0.03)
+    assert replaced / masked == pytest.approx(0.8, abs=0.1)
 
 
 def test_masking_is_dynamic_and_belongs_to_the_seed(tokenized, tokenizer):
@@ -92,8 +111,8 @@ def test_masking_is_dynamic_and_belongs_to_the_seed(tokenized, tokenizer):
     for one, two in zip(first, again, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(first[0]["input_ids"], other[0]["input_ids"])
-    hidden = [batch["labels"][batch["labels"] != IGNORE_INDEX].sort().values for batch in first]
-    assert hidden[0].tolist() != hidden[1].tolist(), "other tokens in the second epoch"
+    masked = [batch["labels"][batch["labels"] != IGNORE_INDEX].sort().values for batch in first]
+    assert masked[0].tolist() != masked[1].tolist(), "other tokens in the second epoch"
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(tokenized, tokenizer):
@@ -106,16 +125,16 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tokenized, tokenizer):
 # --- the loss ---
 
 
-def test_logits_of_the_hidden_tokens_are_those_of_the_whole_model(teacher, batch):
-    answers = ask_language_model(teacher, batch)
+def test_logits_of_the_masked_tokens_are_those_of_the_whole_model(teacher, batch):
+    output = language_forward(teacher, batch)
     whole = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-    torch.testing.assert_close(answers.logits, whole.logits[batch["labels"] != IGNORE_INDEX])
-    torch.testing.assert_close(answers.states, whole.hidden_states[-1])
+    torch.testing.assert_close(output.logits, whole.logits[batch["labels"] != IGNORE_INDEX])
+    torch.testing.assert_close(output.states, whole.hidden_states[-1])
 
 
 def test_triple_loss_is_the_formula(teacher, batch):
     student = language_student(teacher).eval()
-    own, theirs = (ask_language_model(model, batch) for model in (student, teacher))
+    own, theirs = (language_forward(model, batch) for model in (student, teacher))
     loss = triple_loss(own, theirs, batch, temperature=3.0, weights=Weights(5, 2, 1))
     soft = language = cosine = 0.0
     labels = batch["labels"][batch["labels"] != IGNORE_INDEX]
@@ -135,8 +154,8 @@ def test_triple_loss_is_the_formula(teacher, batch):
 
 
 def test_a_copy_of_the_teacher_has_no_soft_and_no_cosine_loss(teacher, batch):
-    answers = ask_language_model(teacher, batch)
-    loss = triple_loss(answers, answers, batch)
+    output = language_forward(teacher, batch)
+    loss = triple_loss(output, output, batch)
     assert loss.soft.item() == pytest.approx(0, abs=1e-5)
     assert loss.cosine.item() == pytest.approx(0, abs=1e-5)
     assert loss.language.item() > 1
@@ -144,7 +163,7 @@ def test_a_copy_of_the_teacher_has_no_soft_and_no_cosine_loss(teacher, batch):
 
 @pytest.mark.parametrize("left_out", Weights._fields)
 def test_a_loss_of_weight_zero_is_left_out(teacher, batch, left_out):
-    own, theirs = (ask_language_model(model, batch) for model in (language_student(teacher).eval(), teacher))
+    own, theirs = (language_forward(model, batch) for model in (language_student(teacher).eval(), teacher))
     whole = triple_loss(own, theirs, batch)
     loss = triple_loss(own, theirs, batch, weights=Weights()._replace(**{left_out: 0}))
     assert getattr(loss, left_out).item() == 0
@@ -152,12 +171,14 @@ def test_a_loss_of_weight_zero_is_left_out(teacher, batch, left_out):
     assert loss.total.item() == pytest.approx(whole.total.item() - weight * getattr(whole, left_out).item(), rel=1e-5)
 
 
-def test_weights_and_answers_that_make_no_sense_are_refused(teacher, batch):
-    own = ask_language_model(teacher, batch)
+def test_weights_and_outputs_that_make_no_sense_are_refused(teacher, batch):
+    own = language_forward(teacher, batch)
     for weights in (Weights(0, 0, 0), Weights(-1, 1, 1)):
         with pytest.raises(ValueError, match=re.escape("give three numbers of at least 0, one of them above 0.")):
             triple_loss(own, own, batch, weights=weights)
-    with pytest.raises(ValueError, match="soft and cosine loss need a teacher's answers"):
+    with pytest.raises(
+        ValueError, match="soft and cosine loss need the teacher's output; give it, or set these two weights to 0"
+    ):
         triple_loss(own, None, batch)
     assert triple_loss(own, None, batch, weights=Weights(0, 1, 0)).total > 0
 
@@ -193,7 +214,7 @@ def test_batches_that_carry_the_teachers_states_train_alike(teacher, tokenized, 
         torch.manual_seed(0)
         student = language_student(teacher)
         if carried:
-            batches = answered(batches, teacher, 6)  # more than an epoch
+            batches = with_teacher_states(batches, teacher, 6)  # more than an epoch
             torch.manual_seed(0)
         return train_language_model(student, batches, steps=5, teacher=teacher).total
 
@@ -201,7 +222,9 @@ def test_batches_that_carry_the_teachers_states_train_alike(teacher, tokenized, 
     torch.testing.assert_close(run(carried=True), run(carried=False))
     with pytest.raises(ValueError, match="3 steps need as many batches, there are 2; give more, or a loader"):
         train_language_model(
-            language_student(teacher), answered(language_batches(tokenized, tokenizer, 32, seed=0), teacher, 2), steps=3
+            language_student(teacher),
+            with_teacher_states(language_batches(tokenized, tokenizer, 32, seed=0), teacher, 2),
+            steps=3,
         )
 
 
@@ -230,7 +253,74 @@ def test_a_loss_that_is_not_finite_ends_training(teacher, tokenized, tokenizer):
         train_language_model(student, batches, steps=1, teacher=teacher)
 
 
-def test_language_loss_is_the_mean_over_all_hidden_tokens(teacher, splits, tokenizer):
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_named(teacher, tokenized, tokenizer, factor):
+    """The losses say nothing then, so that the sentence must."""
+    student, gradients = language_student(teacher), []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+        gradients.append(gradient)
+        return gradient * factor if len(gradients) == 2 else None
+
+    student.cls.predictions.transform.dense.weight.register_hook(spoil)
+    batches = language_batches(tokenized, tokenizer, 16, seed=0)
+    number = r"\d[\d.e+-]*"
+    losses = f"total {number}, soft {number}, language {number}, cosine {number}"
+    sentence = rf"^training diverged at step 2 \({losses}, gradient norm (inf|nan)\): lower the learning rate"
+    with pytest.raises(DivergedError, match=sentence) as error:
+        train_language_model(student, batches, steps=3, teacher=teacher)
+    assert error.value.step == 2
+    assert all(value.isfinite().all() for value in student.state_dict().values()), "the step was not made"
+
+
+@pytest.mark.parametrize("call", [5, 7, 10])
+def test_interrupted_and_resumed_it_ends_in_the_same_weights(
+    tmp_path, teacher, tokenized, tokenizer, monkeypatch, call
+):
+    """An epoch has four steps; dropout and masking go on where the last checkpoint left them."""
+
+    def run(seed: int, checkpoints: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(seed)
+        student = language_student(teacher)
+        assert student.config.hidden_dropout_prob > 0
+        batches = language_batches(tokenized.select(range(32)), tokenizer, 8, seed=0)
+        losses = train_language_model(student, batches, steps=10, teacher=teacher, checkpoints=checkpoints)
+        return torch.stack(tuple(losses)), student.state_dict()
+
+    calls = []
+
+    def interrupted(*arguments, **options) -> distilbert.LanguageLoss:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return triple_loss(*arguments, **options)
+
+    losses, weights = run(0, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(distilbert, "triple_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(0, tmp_path / "cut")
+    made = []
+    monkeypatch.setattr(distilbert, "triple_loss", lambda *a, **o: made.append(1) or triple_loss(*a, **o))
+    again, resumed = run(1, tmp_path / "cut")  # what is drawn before does not matter
+    assert len(made) == 10 - 4 * ((call - 1) // 4), "it went on from the last epoch that was finished"
+    assert torch.equal(again, losses)
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
+
+
+def test_other_random_numbers_give_other_weights(teacher, tokenized, tokenizer):
+    """Or the test above would show nothing."""
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        batches = language_batches(tokenized.select(range(32)), tokenizer, 8, seed=0)
+        return train_language_model(language_student(teacher), batches, steps=2, teacher=teacher).total
+
+    assert not torch.equal(run(0), run(1))
+
+
+def test_language_loss_is_the_mean_over_all_masked_tokens(teacher, splits, tokenizer):
     batches = held_out_batches(splits.validation.select(range(100)), tokenizer, 24)
     assert all(
         torch.equal(one["labels"], two["labels"])
@@ -247,7 +337,7 @@ def test_language_loss_is_the_mean_over_all_hidden_tokens(teacher, splits, token
     assert found["loss"] == pytest.approx(summed / count, rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(summed / count), rel=1e-3)
     assert found["accuracy"] == pytest.approx(right / count)
-    with pytest.raises(ValueError, match="no token is hidden"):
+    with pytest.raises(ValueError, match="no token is masked"):
         language_loss(teacher, [])
 
 
@@ -267,9 +357,9 @@ def test_the_student_is_every_second_layer_with_a_head_of_its_own(teacher):
     assert torch.equal(student.cls.predictions.transform.dense.weight, teacher.cls.predictions.transform.dense.weight)
 
 
-def test_a_student_of_all_layers_answers_as_its_teacher(teacher, batch):
+def test_a_student_of_all_layers_predicts_as_its_teacher(teacher, batch):
     copy = language_student(teacher, range(4)).eval()
-    torch.testing.assert_close(ask_language_model(copy, batch).logits, ask_language_model(teacher, batch).logits)
+    torch.testing.assert_close(language_forward(copy, batch).logits, language_forward(teacher, batch).logits)
 
 
 def test_a_random_start_has_the_shape_and_nothing_else(teacher):
@@ -306,11 +396,11 @@ def test_the_classifier_has_the_students_layers_and_the_checkpoints_pooler(headl
     )
 
 
-def test_a_teacher_with_a_language_head_is_taken_as_it_is(own_artifacts, tmp_path, tokenizer):
+def test_a_teacher_with_a_language_head_is_taken_as_it_is(own_artifacts, tmp_path, tokenizer, small_data):
     model = tiny_language_model()
     model.save_pretrained(tmp_path / "whole")
     tokenizer.save_pretrained(tmp_path / "whole")
-    found = language_teacher(DistillConfig(teacher_checkpoint=str(tmp_path / "whole")))
+    found = language_teacher(setup_of(small_data, teacher_checkpoint=str(tmp_path / "whole")))
     assert weights_digest(found) == weights_digest(model)
     assert not found.training
     assert not any(p.requires_grad for p in found.parameters())
@@ -318,17 +408,16 @@ def test_a_teacher_with_a_language_head_is_taken_as_it_is(own_artifacts, tmp_pat
 
 
 def test_a_teacher_without_one_is_adapted_once(own_artifacts, headless, tokenizer, small_data, monkeypatch):
-    config = DistillConfig(teacher_checkpoint=headless, max_length=24, precision="float32")
-    data = distilbert.load_splits(config.replace(teacher_train_size=64))
-    monkeypatch.setattr(distilbert, "load_splits", lambda config: data)
+    data = load_splits(DistillConfig(teacher_train_size=64))
+    setup = setup_of(data, teacher_checkpoint=headless)
     batches = held_out_batches(small_data.validation, tokenizer, 24)
     start, has_head = load_language_model(headless)
     assert not has_head
     torch.manual_seed(3)
-    adapted = language_teacher(config, steps=20)
+    adapted = language_teacher(setup, steps=20)
     drawn = torch.rand(1)
     assert language_loss(adapted, batches)["loss"] < language_loss(start, batches)["loss"] - 0.01
-    head_only = language_teacher(config, steps=20, head_only=True)
+    head_only = language_teacher(setup, steps=20, head_only=True)
     own, theirs = head_only.base_model.state_dict(), start.base_model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in own.items())
     assert weights_digest(head_only) != weights_digest(start)
@@ -336,16 +425,43 @@ def test_a_teacher_without_one_is_adapted_once(own_artifacts, headless, tokenize
 
     monkeypatch.setattr(distilbert, "train_language_model", lambda *_, **__: pytest.fail("made twice"))
     torch.manual_seed(3)
-    again = language_teacher(config.replace(seed=1, train_size=100, alpha=0.1), steps=20)
+    again = language_teacher(setup_of(data, teacher_checkpoint=headless, seed=1, train_size=100, alpha=0.1), steps=20)
     assert torch.equal(torch.rand(1), drawn), "found or made, the caller draws the same"
     assert weights_digest(again) == weights_digest(adapted)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
-def test_a_language_teacher_is_a_bert(tmp_path):
+@pytest.mark.parametrize("name", ["code", "steps", "head_only", "texts", "max_length", "MASKED_SHARE", "LEARNING_RATE"])
+def test_a_language_teacher_is_made_anew_where_something_decides(
+    own_artifacts, headless, small_data, monkeypatch, name
+):
+    made = []
+    monkeypatch.setattr(distilbert, "train_language_model", lambda *_, **__: made.append(1))
+    data = dataclasses.replace(small_data, teacher_train=small_data.teacher_train.select(range(50)))
+    setup, options = setup_of(data, teacher_checkpoint=headless), {"steps": 2}
+    language_teacher(setup, **options)
+    language_teacher(setup, **options)
+    assert len(made) == 1
+    if name == "code":
+        monkeypatch.setattr(distilbert, "made_by", lambda *modules: {"source": "another"})
+    elif name in ("steps", "head_only"):
+        options |= {name: 3}
+    elif name == "texts":
+        fewer = data.teacher_train.select(range(40))
+        setup = setup_of(dataclasses.replace(data, teacher_train=fewer), teacher_checkpoint=headless)
+    elif name == "max_length":
+        setup = setup_of(data, teacher_checkpoint=headless, max_length=20)
+    else:
+        monkeypatch.setattr(distilbert, name, 0.2)
+    language_teacher(setup, **options)
+    assert len(made) == 2
+
+
+def test_a_language_teacher_is_a_bert(tmp_path, tokenizer, small_data):
     tiny_distilbert().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"a language teacher must be a BERT, .* is a distilbert; name another"):
-        language_teacher(DistillConfig(teacher_checkpoint=str(tmp_path)))
+        language_teacher(setup_of(small_data, teacher_checkpoint=str(tmp_path)))
 
 
 def test_likely_words_are_those_of_the_whole_softmax(teacher, tokenizer):
@@ -356,7 +472,7 @@ def test_likely_words_are_those_of_the_whole_softmax(teacher, tokenizer):
     best = (logits / 2).softmax(dim=-1).topk(3)
     assert [word for word, _ in words] == tokenizer.convert_ids_to_tokens(best.indices.tolist())
     assert [share for _, share in words] == pytest.approx(best.values.tolist(), rel=1e-4)
-    with pytest.raises(ValueError, match=re.escape("hides 2 words; write [MASK] once.")):
+    with pytest.raises(ValueError, match=re.escape("the text masks 2 words; write [MASK] once.")):
         likely_words(teacher, tokenizer, "[MASK] and [MASK]")
 
 
@@ -366,86 +482,21 @@ def test_the_packaged_model_has_no_language_head():
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-# --- whole runs ---
+# --- fine-tuning ---
 
 
-def test_each_arm_of_the_ablation_leaves_out_one_thing():
-    whole = distilbert.ARMS[FULL]
-    assert whole.weights == Weights(5, 2, 1)
-    differences = []
-    for name, arm in distilbert.ARMS.items():
-        left_out = [part for part in Weights._fields if arm.weights and getattr(arm.weights, part) == 0]
-        differences.append((name, left_out, arm.random_start, arm.weights is None, arm.task_only, not arm.adapted))
-    assert differences == [
-        (FULL, [], False, False, False, False),
-        ("without the soft loss", ["soft"], False, False, False, False),
-        ("without the cosine loss", ["cosine"], False, False, False, False),
-        ("without the language loss", ["language"], False, False, False, False),
-        ("random start", [], True, False, False, False),
-        (SHORT, [], False, True, False, False),
-        (PLAIN, [], False, True, True, False),
-        (COURSE, [], False, True, True, True),
-    ]
-
-
-def test_fine_tuning_starts_from_the_seed_and_heeds_the_answers(headless, small_data, tokenizer):
-    config = DistillConfig(teacher_checkpoint=headless, alpha=0.0, max_steps=3, learning_rate=1e-3, max_length=24)
+def test_fine_tuning_starts_from_the_seed_and_heeds_the_teacher(headless, small_data, tokenizer):
+    setup = setup_of(small_data, teacher_checkpoint=headless, max_steps=3, learning_rate=1e-3)
     student = load_language_model(headless)[0]
     ids = torch.tensor(small_data.train["id"][:])
-    answers = TeacherLogits(ids, torch.randn(len(ids), 3, generator=torch.Generator().manual_seed(0)))
+    teacher_logits = TeacherLogits(ids, torch.randn(len(ids), 3, generator=torch.Generator().manual_seed(0)))
     batches = list(evaluation_batches(tokenize(small_data.test, tokenizer, 24), tokenizer))
 
-    def run(config: DistillConfig, answers: TeacherLogits | None = None) -> torch.Tensor:
-        classifier = as_classifier(student, config, small_data.label_names)
-        return predict(fine_tune(classifier, config, small_data.train, tokenizer, answers), batches).logits
+    def run(setup: Setup, teacher_logits: TeacherLogits | None = None) -> torch.Tensor:
+        classifier = as_classifier(student, setup.config, small_data.label_names)
+        return predict(fine_tune(classifier, setup, small_data.train, teacher_logits), batches).logits
 
-    plain, again, distilled = run(config), run(config), run(config.replace(alpha=0.9), answers)
+    plain, again = run(setup), run(setup)
+    distilled = run(dataclasses.replace(setup, config=setup.config.replace(alpha=0.9)), teacher_logits)
     assert torch.equal(plain, again)
     assert not torch.allclose(plain, distilled)
-
-
-def test_arms_run_repeat_themselves_and_are_measured(own_artifacts, headless, small_data, splits, monkeypatch):
-    data = dataclasses.replace(small_data, transfer=splits.transfer)
-    monkeypatch.setattr(distilbert, "load_splits", lambda config: data)
-    config = DistillConfig(
-        teacher_checkpoint=headless, teacher_epochs=0, alpha=0.0, max_steps=2, max_length=24, precision="float32"
-    )
-    shortened = {"config": config, "steps": 2, "adaptation_steps": 2}
-    more = {
-        FULL: {"again_accuracy", "again_nll"},
-        "random start": set(),
-        SHORT: {"again_accuracy", "again_nll"},
-        PLAIN: {"again_accuracy", "again_nll", "transfer_accuracy", "transfer_nll"},
-        COURSE: {"again_accuracy", "again_nll", "transfer_accuracy", "transfer_nll"},
-    }
-    measures = {name: run_arm(name, 0, **shortened) for name in more}
-    names = {"language_loss", "language_accuracy", "accuracy", "nll"}
-    for name, found in measures.items():
-        assert found.keys() == names | more[name], name
-        assert all(math.isfinite(value) for value in found.values()), name
-    assert run_arm(FULL, 0, **shortened) == pytest.approx(measures[FULL])
-    assert len({found["nll"] for found in measures.values()}) == len(measures), "every arm is another student"
-    untouched = measures[SHORT]["language_loss"]
-    assert measures[PLAIN]["language_loss"] == untouched != measures[FULL]["language_loss"]
-    assert measures[COURSE]["language_loss"] > untouched, "cut from a model that never guessed words"
-    assert measures[PLAIN]["transfer_nll"] != measures[PLAIN]["again_nll"]
-
-
-def test_the_study_keeps_its_arms_its_teachers_and_what_they_say(own_artifacts, teacher, small_data, monkeypatch):
-    def arm(name: str, seed: int) -> dict[str, float]:
-        return {"accuracy": len(name) + seed}
-
-    monkeypatch.setattr(distilbert, "run_arm", arm)
-    monkeypatch.setattr(distilbert, "load_splits", lambda config: small_data)
-    monkeypatch.setattr(distilbert, "language_teacher", lambda config, head_only=False: teacher)
-    study = distilbert.study()
-    assert json.loads(json.dumps(study))["runs"][0] == {"arm": FULL, "seed": 0, "accuracy": len(FULL)}
-    assert len(study["runs"]) == len(distilbert.ARMS) * len(distilbert.SEEDS)
-    assert study["teachers"]["head only"] == study["teachers"]["all weights"]
-    assert study["teachers"]["not adapted"]["loss"] > 9, "the packaged model with a fresh head"
-    for sentence, by_temperature in study["words"].items():
-        assert list(by_temperature) == ["1", "2"], sentence
-        for words in by_temperature.values():
-            shares = [share for _, share in words]
-            assert shares == sorted(shares, reverse=True)
-            assert 0 < sum(shares) < 1

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from kd_helpers.methods.hidden_losses import attention_loss, attention_scores, cosine_loss, every_second_layer, hidden_loss, layer_mapping, masked_language_loss, vocabulary_soft_loss
+from kd_helpers.methods.hidden_losses import (
+    attention_loss,
+    attention_scores,
+    cosine_loss,
+    every_second_layer,
+    hidden_loss,
+    layer_mapping,
+    masked_language_loss,
+    vocabulary_soft_loss,
+)
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
 TOKENS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -49,7 +58,7 @@ def test_vocabulary_soft_loss_is_the_mean_over_tokens_of_the_formula(temperature
     torch.testing.assert_close(vocabulary_soft_loss(*picked, torch.ones(len(TOKENS)), temperature), found)
 
 
-def test_masked_language_loss_is_the_negative_log_likelihood_of_the_hidden_tokens():
+def test_masked_language_loss_is_the_negative_log_likelihood_of_the_masked_tokens():
     logits = numbers(2, 4, 9, seed=0)
     labels = torch.tensor([[-100, 3, -100, -100], [8, -100, -100, -100]])
     log_q = logits.log_softmax(dim=-1)

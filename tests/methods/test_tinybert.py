@@ -1,27 +1,40 @@
-"""TinyBERT: the losses inside, what they train and what they leave alone, and the stages of every arm."""
+"""Layer distillation: the losses inside, what they train and what they leave alone, and what a memory may share."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import tiny_bert
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from support.models import tiny_bert
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from kd_helpers.experiments import tinybert
-from kd_helpers.methods import tinybert
-from kd_helpers.methods.augmentation import CANDIDATES
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import LABEL_NAMES, training_batches
-from kd_helpers.models import freeze, load_teacher, random_like
-from kd_helpers.models import weights_digest
-from kd_helpers.experiments.tinybert import Material, RECIPES, Recipe, train_student
-from kd_helpers.methods.tinybert import Layers, PARTS, Projections, distill_layers, half_student, layer_losses, look_inside, narrow_shape, narrow_student
+from kd_helpers.loop import DivergedError
+from kd_helpers.methods.tinybert import (
+    PARTS,
+    Layers,
+    Memory,
+    Projections,
+    distill_layers,
+    half_student,
+    layer_losses,
+    look_inside,
+    narrow_shape,
+    narrow_student,
+)
+from kd_helpers.models import freeze, load_teacher, random_like, weights_digest
+from kd_helpers.resolve import Setup, resolve
 
 CONFIG = DistillConfig(learning_rate=1e-2, batch_size=8, precision="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def setup(splits) -> Setup:
+    return resolve(CONFIG, splits)
 
 
 @pytest.fixture
@@ -170,10 +183,10 @@ def test_models_of_one_width_need_no_projection():
     assert [p.shape for p in Projections(4, 8).parameters()] == [(8, 4), (8, 4)]
 
 
-def test_distilling_layers(student, teacher, tokenized, tokenizer):
+def test_distilling_layers(student, teacher, tokenized, setup):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     known, names = weights_digest(teacher), set(student.state_dict())
-    losses = distill_layers(student, teacher, tokenized, tokenizer, config=CONFIG, steps=40)
+    losses = distill_layers(student, teacher, tokenized, setup, steps=40)
     for part, values in losses._asdict().items():
         assert values.shape == (40,)
         assert values[-5:].mean() < 0.9 * values[:5].mean(), part
@@ -188,37 +201,20 @@ def test_distilling_layers(student, teacher, tokenized, tokenizer):
     assert weights_digest(teacher) == known
 
 
-def test_students_of_the_same_batches_share_what_the_teacher_has_inside(teacher, tokenized, tokenizer):
-    asked, memory = [], {}
-    teacher.bert.register_forward_hook(lambda *_: asked.append(1))
-
-    def run(**options) -> torch.Tensor:
-        torch.manual_seed(0)
-        own = random_like(narrow_shape(teacher, layers=2, width=16), seed=0)
-        return distill_layers(own, teacher, tokenized, tokenizer, config=CONFIG, **options).total
-
-    first = run(steps=4, memory=memory)
-    assert len(asked) == 4
-    assert torch.equal(run(steps=4, memory=memory), first)
-    run(steps=6, memory=memory)
-    assert len(asked) == 6, "only the last two are new"
-    assert torch.equal(run(steps=4), first)
-    assert len(asked) == 10
-
-
-def test_the_seed_decides(teacher, tokenized, tokenizer):
+def test_the_seed_decides(teacher, tokenized, setup):
     def run(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         own = random_like(narrow_shape(teacher, layers=2, width=16), seed=seed)
-        return distill_layers(own, teacher, tokenized, tokenizer, config=CONFIG.replace(seed=seed), steps=3).total
+        seeded = dataclasses.replace(setup, config=CONFIG.replace(seed=seed))
+        return distill_layers(own, teacher, tokenized, seeded, steps=3).total
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
 
 
-def test_what_cannot_be_distilled(student, teacher, tokenized, tokenizer):
+def test_what_cannot_be_distilled(student, teacher, tokenized, setup):
     def run(*, learns=student, teaches=teacher, **changes):
-        return distill_layers(learns, teaches, tokenized, tokenizer, **{"config": CONFIG, "steps": 2} | changes)
+        return distill_layers(learns, teaches, tokenized, setup, **{"steps": 2} | changes)
 
     with pytest.raises(ValueError, match="parts are none; name one or more of embedding, attention, hidden"):
         run(parts=())
@@ -238,86 +234,139 @@ def test_what_cannot_be_distilled(student, teacher, tokenized, tokenizer):
         run()
 
 
-@pytest.mark.parametrize("total", [2, 7, 900])
-def test_every_arm_makes_the_same_steps(total):
-    for recipe in RECIPES.values():
-        steps = recipe.steps(total)
-        assert sum(steps.values()) == round(total * recipe.times)
-        assert steps["prediction"] > 0
-    assert Recipe("", general=0).steps(900) == {"general": 0, "layers": 300, "prediction": 600}
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_named(student, teacher, tokenized, setup, factor):
+    """The losses say nothing then, so that the sentence must."""
+    weight = student.bert.encoder.layer[0].output.dense.weight
+    gradients = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+        gradients.append(gradient)
+        return gradient * factor if len(gradients) == 2 else None
+
+    weight.register_hook(spoil)
+    number = r"\d[\d.e+-]*"
+    losses = f"total {number}, embedding {number}, attention {number}, hidden {number}"
+    sentence = rf"^training diverged at step 2 \({losses}, gradient norm (inf|nan)\): lower the learning rate"
+    with pytest.raises(DivergedError, match=sentence) as error:
+        distill_layers(student, teacher, tokenized, setup, steps=3)
+    assert error.value.step == 2
+    assert all(value.isfinite().all() for value in student.state_dict().values()), "the step was not made"
 
 
-def test_the_stages_come_on_top_of_as_many_steps_for_answers():
-    assert RECIPES["tinybert"].steps(600)["prediction"] == RECIPES["plain_short"].steps(600)["prediction"]
+# What a memory may share
 
 
-def test_ablations_differ_from_the_whole_in_one_thing():
-    whole = RECIPES["tinybert"]
-    for name in ("no_general", "no_layers", "no_augmentation", "transfer", "no_embedding", "no_attention", "no_hidden"):
-        fields = vars(RECIPES[name]) | {"title": whole.title}
-        assert sum(fields[field] != value for field, value in vars(whole).items()) == 1, name
+class Trained(NamedTuple):
+    """The losses of a training and what came of the student."""
+
+    losses: torch.Tensor
+    weights: dict[str, torch.Tensor]
 
 
-def test_the_stages_of_a_recipe(monkeypatch, student, teacher, tokenized, tokenizer, splits):
-    """Who teaches what, on which texts, for how long."""
-    happened = []
-    tuned = freeze(tiny_bert(layers=4, seed=2))
-    material = Material(
-        splits, tokenizer, teacher, tuned, "general", {"train": tokenized, "augmented": tokenized}, None
-    )
-    monkeypatch.setitem(tinybert.STUDENTS, "narrow", lambda config, names: student)
-
-    def layers(own, teaches, texts, _tokenizer, *, config, steps, parts, memory):
-        happened.append((teaches, texts, config.learning_rate, steps, parts))
-
-    def answers(own, batches, validation, *, config, precision, description):
-        happened.append((batches.dataset, validation, config.learning_rate, config.max_steps, config.alpha))
-
-    monkeypatch.setattr(tinybert, "distill_layers", layers)
-    monkeypatch.setattr(tinybert, "train", answers)
-    rates = tinybert.LEARNING_RATES["narrow"]
-    train_student(RECIPES["no_hidden"], CONFIG, material, steps=9)
-    parts = ("embedding", "attention")
-    assert happened == [
-        (teacher, "general", rates["layers"], 2, parts),
-        (tuned, tokenized, rates["layers"], 2, parts),
-        (tokenized, None, rates["prediction"], 5, 1.0),
-    ]
-    happened.clear()
-    train_student(RECIPES["baseline"], CONFIG, material, steps=9)
-    assert happened == [(tokenized, None, rates["prediction"], 9, 0.0)]
+def trained(
+    teacher: PreTrainedModel, texts, setup: Setup, *, layers: int, memory: Memory | None, steps: int = 2
+) -> Trained:
+    torch.manual_seed(0)
+    own = random_like(narrow_shape(teacher, layers=layers, width=16), seed=0).to(setup.device)
+    losses = distill_layers(own, teacher, texts, setup, steps=steps, memory=memory)
+    return Trained(torch.stack(tuple(losses)), own.state_dict())
 
 
-def test_a_study_in_small(own_artifacts, monkeypatch, tokenizer, small_data, splits):
-    """Both kinds of stages, both kinds of texts, all of it measured; no text of test gets into training."""
-    data = dataclasses.replace(small_data, train=small_data.train.select(range(24)), transfer=splits.transfer)
-    language = BertForMaskedLM(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
-    small = narrow_shape(tiny_bert(layers=4), layers=2, width=16)
-    for name, made in {
-        "load_splits": lambda config: data,
-        "load_teacher": lambda config, names: tiny_bert(layers=4, seed=1),
-        "fine_tuned_teacher": lambda config, data, tokenizer: freeze(tiny_bert(layers=4, seed=2)),
-        "language_teacher": lambda config: language,
-        "STUDENTS": {"narrow": lambda config, names: random_like(small, seed=config.seed)},
-        "RECIPES": {name: RECIPES[name] for name in ("plain", "tinybert", "transfer")},
-        "STUDY": CONFIG.replace(max_length=24, alpha=1.0),
-        "STEPS": 6,
-        "COPIES": 1,
-    }.items():
-        monkeypatch.setattr(tinybert, name, made)
-    made = tinybert.study()
-    kept = json.loads(json.dumps(made))
-    assert Recipe(**kept["choices"]["recipes"]["plain"]).steps(6) == RECIPES["plain"].steps(6)
-    assert [(run["arm"], run["seed"]) for run in made["runs"]] == [
-        (arm, seed) for seed in (0, 1, 2) for arm in ("plain", "tinybert", "transfer")
-    ]
-    assert made["teacher"]["fidelity"] == 1.0
-    for text, found in kept["candidates"].items():
-        for start, end, words in found:
-            assert len(words) == CANDIDATES
-            assert text[start:end] not in words
-    assert len({run["nll"] for run in made["runs"]}) == 9, "arms and seeds differ"
-    texts = made["choices"]["texts"]
-    assert texts["train"] == 24
-    assert 24 < texts["augmented"] == texts["transfer"] <= 48, "made and real ones are as many"
-    assert made["runs"] == tinybert.study()["runs"], "found again"
+def assert_same(one: Trained, other: Trained) -> None:
+    """Bit by bit."""
+    assert torch.equal(one.losses, other.losses)
+    assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
+
+
+def test_students_of_the_same_batches_share_what_the_teacher_has_inside(teacher, tokenized, setup):
+    passes, memory = [], {}
+    teacher.bert.register_forward_hook(lambda *_: passes.append(1))
+
+    def run(**options) -> torch.Tensor:
+        torch.manual_seed(0)
+        own = random_like(narrow_shape(teacher, layers=2, width=16), seed=0)
+        return distill_layers(own, teacher, tokenized, setup, **options).total
+
+    first = run(steps=4, memory=memory)
+    assert len(passes) == 4
+    assert torch.equal(run(steps=4, memory=memory), first)
+    run(steps=6, memory=memory)
+    assert len(passes) == 6, "only the last two are new"
+    assert torch.equal(run(steps=4), first)
+    assert len(passes) == 10
+
+
+def test_students_of_other_depths_never_mix(tokenized, setup):
+    """Three layers learn from the layers 1, 3 and 5 of six, two from 2 and 5."""
+    teacher, memory = freeze(tiny_bert(layers=6, seed=1)), {}
+    for layers in (3, 2, 3):
+        shared = trained(teacher, tokenized, setup, layers=layers, memory=memory)
+        assert_same(shared, trained(teacher, tokenized, setup, layers=layers, memory={}))
+    assert len(memory) == 4, "the third had nothing to add"
+
+
+def test_teachers_of_one_shape_never_mix(tokenized, setup):
+    """As the pre-trained teacher and the fine-tuned one, whose batches may be the same."""
+    memory: Memory = {}
+    teachers = [freeze(tiny_bert(layers=4, seed=seed)) for seed in (1, 2)]
+    for teacher in teachers:
+        shared = trained(teacher, tokenized, setup, layers=2, memory=memory)
+        assert_same(shared, trained(teacher, tokenized, setup, layers=2, memory={}))
+    assert len(memory) == 4
+
+
+def test_a_teacher_that_was_trained_on_is_another(teacher, tokenized, setup):
+    memory: Memory = {}
+    trained(teacher, tokenized, setup, layers=2, memory=memory)
+    with torch.no_grad():
+        teacher.bert.encoder.layer[1].output.dense.bias += 0.5
+    shared = trained(teacher, tokenized, setup, layers=2, memory=memory)
+    assert_same(shared, trained(teacher, tokenized, setup, layers=2, memory={}))
+
+
+def test_precisions_never_mix(teacher, tokenized, setup):
+    memory: Memory = {}
+    for precision in (torch.float32, torch.bfloat16):
+        own = dataclasses.replace(setup, precision=precision)
+        shared = trained(teacher, tokenized, own, layers=2, memory=memory)
+        assert_same(shared, trained(teacher, tokenized, own, layers=2, memory={}))
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))],
+)
+def test_a_memory_takes_main_memory_and_no_graph(tokenized, setup, device):
+    memory: Memory = {}
+    own = dataclasses.replace(setup, device=torch.device(device))
+    teacher = tiny_bert(layers=4, seed=1).eval().to(device)  # which nobody froze
+    shared = trained(teacher, tokenized, own, layers=2, memory=memory)
+    tensors = [value for kept in memory.values() for value in (kept.embedding, *kept.attention, *kept.hidden)]
+    assert len(tensors) == 2 * (1 + 2 + 2), "two batches, and of each the layers of the mapping alone"
+    assert {value.device.type for value in tensors} == {"cpu"}
+    assert not any(value.requires_grad for value in tensors)
+    assert all(value.device.type == device for value in shared.weights.values())
+
+
+def test_a_memory_is_filled_with_what_was_moved_to_main_memory(teacher, tokenized, setup, monkeypatch):
+    """Where there is no GPU, everything is in main memory; that each tensor is sent there is seen all the same."""
+    sent: list[torch.Tensor] = []
+    to, found = torch.Tensor.to, []
+
+    def watched(value: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        moved = to(value, *arguments, **options)
+        if "cpu" in map(str, (*arguments, *options.values())):
+            sent.append(moved)
+        return moved
+
+    class Watching(dict):
+        def __setitem__(self, key, kept: Layers) -> None:
+            found.append(
+                [any(value is moved for moved in sent) for value in (kept.embedding, *kept.attention, *kept.hidden)]
+            )
+            super().__setitem__(key, kept)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    trained(teacher, tokenized, setup, layers=2, memory=Watching(), steps=1)
+    assert found == [[True] * 5]

@@ -20,7 +20,7 @@ def tiny_config(
 ) -> DistillConfig:
     """Two epochs of four steps with models so small that a run takes a second or two; they are saved in `folder`."""
     for name, layers in (("teacher", 2), ("student", 1)):
-        model = tiny_bert(layers, classes=len(labels))
+        model = tiny_bert(layers, classes=len(labels), vocabulary=len(tokenizer))
         model.config.id2label = dict(labels)
         save_model(folder / name, model, tokenizer)
     usual = {
