@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support import hub_cache
+from tqdm.std import tqdm
 
 from kd_helpers import artifacts
 from kd_helpers.config import PACKAGED_MODEL, DistillConfig
@@ -19,6 +21,10 @@ from kd_helpers.models import load_tokenizer
 # A busy machine is slow, not wrong.
 settings.register_profile("course", deadline=None)
 settings.load_profile("course")
+
+# tqdm's own lock is shared by a process and those that it forks: a child that is killed while it holds the lock would
+# block every progress bar of its parent for ever.
+tqdm.set_lock(threading.RLock())
 
 LONGEST = ("test_results", "test_papermill", "test_doors", "test_sweep", "test_trainer", "test_explorers")
 
