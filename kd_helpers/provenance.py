@@ -109,6 +109,8 @@ def _named_in(tree: ast.AST) -> Iterator[str]:
                     yield submodule
                 elif node.module != PACKAGE:
                     yield node.module
+                elif alias.name == "*":
+                    yield from (f"{PACKAGE}.{module}" for module in _HOME.values())
                 elif alias.name in _HOME:  # a name that the package itself offers
                     yield f"{PACKAGE}.{_HOME[alias.name]}"
 

@@ -314,3 +314,4 @@ def test_a_notebook_that_imports_the_package_as_a_whole_may_use_all_that_it_offe
     named = set(provenance.imports_of("import kd_helpers\nkd_helpers.distill(config)"))
     assert {"kd_helpers.runs", "kd_helpers.loop", "kd_helpers.losses"} <= named
     assert set(provenance.imports_of("from kd_helpers import distill")) == {"kd_helpers.runs"}
+    assert set(provenance.imports_of("from kd_helpers import *")) == named

@@ -106,7 +106,7 @@ def distilbert_study(
         return measures
 
     choices = {
-        "config": config.to_dict(),
+        "config": config.replace(seed=0).to_dict(),  # each run has a seed of its own
         "steps": steps,
         "adaptation_steps": adaptation_steps,
         "second_distillation": SECOND_DISTILLATION,

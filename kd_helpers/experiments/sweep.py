@@ -36,7 +36,7 @@ from kd_helpers import artifacts
 from kd_helpers.config import DATA_FILES, TEXTS, DistillConfig
 from kd_helpers.experiments import RESULTS
 from kd_helpers.experiments.environment import environment
-from kd_helpers.provenance import imports_of, made_by
+from kd_helpers.provenance import SOURCES, imports_of, made_by
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,10 +107,15 @@ def read_notebook(path: str | Path) -> Notebook:
 
 
 def _imported_modules(cell: str) -> list[str]:
-    """The modules of this package that a cell imports, its magic commands left out."""
-    with contextlib.suppress(SyntaxError):
+    """The modules of this package that a cell imports, its magic commands left out.
+
+    A cell that is not Python even so may import anything, so it gets every module: a run too many is made anew rather
+    than one too few.
+    """
+    try:
         return imports_of(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", cell))
-    return []
+    except SyntaxError:
+        return list(SOURCES)
 
 
 def declared_parameters(code: str, where: str) -> tuple[dict[str, type], Parameters]:

@@ -623,3 +623,10 @@ def test_other_texts_in_the_same_file_are_another_run(tmp_path, monkeypatch):
         (setting,) = sweep.plan(notebook, {"alpha": [0.5]}, {"data": "own.csv"})
         names.add(setting.run.name)
     assert len(names) == 2
+
+
+@pytest.mark.parametrize("cell", ["files = !ls", "time = %time 3", "distill?", "%%bash\nls -l | head"])
+def test_a_cell_that_is_no_plain_python_may_use_any_code(cell):
+    found = sweep._imported_modules(f"{cell}\nfrom kd_helpers import distill")
+    assert {"kd_helpers.runs", "kd_helpers.losses"} <= provenance.imported_modules(found)
+    assert not sweep._imported_modules("%matplotlib inline\n!ls\nx = 3")
