@@ -23,6 +23,8 @@ from typing import Any
 
 import filelock
 
+from kd_helpers.config import expanded
+
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 
@@ -42,9 +44,13 @@ WHY_NOT_WRITTEN = {
 
 
 def artifacts_dir() -> Path:
-    """`KD_ARTIFACTS` if set, else `artifacts/` in the checkout, else in the working directory."""
+    """`KD_ARTIFACTS` if set, else `artifacts/` in the checkout, else in the working directory.
+
+    Raises:
+        ValueError: `KD_ARTIFACTS` begins with a `~someone` who is no user of this machine.
+    """
     if chosen := os.environ.get("KD_ARTIFACTS"):
-        return Path(chosen).expanduser().resolve()
+        return Path(expanded(chosen, "KD_ARTIFACTS")).resolve()
     checkout = Path(__file__).resolve().parent.parent
     root = checkout if (checkout / "notebooks").is_dir() else Path.cwd()
     return root / "artifacts"

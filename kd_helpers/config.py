@@ -19,7 +19,8 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 STUDENT_INITS = ("preset", "random")
 DATA_FILES = ("data", "validation_data", "test_data")
-TEXTS = ("teacher_checkpoint", "student_checkpoint", *DATA_FILES, "text_column", "label_column")
+PATHS = ("teacher_checkpoint", "student_checkpoint", *DATA_FILES)
+TEXTS = (*PATHS, "text_column", "label_column")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,11 @@ class DistillConfig:
     validation_data: str = _setting("", "file of the validation split; when empty, the data's own or a part of train")
     test_data: str = _setting("", "file of the test split; when empty, the data's own or a part of train")
     text_column: str = _setting("text", "column of your own data that holds the texts")
-    label_column: str = _setting("label", "column that holds the labels; a row without a label joins the transfer set")
+    label_column: str = _setting(
+        "label",
+        "column that holds the labels; a row without a label joins the transfer set; empty where there are no labels, "
+        "which needs alpha 1, teacher_epochs 0 and a fine-tuned teacher_checkpoint",
+    )
     temperature: float = _setting(2.0, "T > 0, divides the logits of both models in the soft loss")
     alpha: float = _setting(0.5, "weight of the soft loss in [0, 1]; 0 is plain fine-tuning, 1 is pure distillation")
     epochs: int = _setting(3, "passes over the training texts (labelled texts and transfer set together)")
@@ -129,6 +134,8 @@ class DistillConfig:
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
             _require_text(name, getattr(self, name))
+        for name in PATHS:
+            object.__setattr__(self, name, expanded(getattr(self, name), name))
         _require_columns(self)
         for name in ("epochs", "batch_size", "train_size", "teacher_train_size"):
             require_whole(name, getattr(self, name), minimum=1)
@@ -161,6 +168,11 @@ class DistillConfig:
         """The same for the student; None where it is made of the teacher's layers."""
         return self.student_checkpoint or PRESETS[self.preset].student
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether something reads labels: all does but the soft loss alone, of a teacher that is fine-tuned already."""
+        return self.alpha < 1 or self.teacher_epochs > 0 or not self.teacher_checkpoint
+
     def replace(self, **changes: Any) -> DistillConfig:
         """The same configuration with some values changed, checked anew.
 
@@ -178,6 +190,28 @@ class DistillConfig:
 def settings_help() -> dict[str, str]:
     """What each field of `DistillConfig` means, by its name."""
     return {field.name: field.metadata["help"] for field in dataclasses.fields(DistillConfig)}
+
+
+def expanded(path: str | os.PathLike[str], name: str = "the path") -> str:
+    """A path that begins with `~` as it is meant, in the home folder; any other path as it is.
+
+    A shell does this for `~/texts.csv`, but not in `--out=~/sweep`, nor does Python.
+
+    Args:
+        path: of a file or a folder, or the name of something on the hub.
+        name: of the setting, for the sentence.
+
+    Raises:
+        ValueError: `~someone` names no user of this machine.
+    """
+    meant = os.path.expanduser(os.fspath(path))
+    if meant.startswith("~"):
+        user = meant[1:].split(os.sep)[0]
+        raise ValueError(
+            f"{name} is {meant!r}, but there is no user {user!r} with a home folder; write the path out (./{meant} for "
+            "a name that begins so)."
+        )
+    return meant
 
 
 def require_temperature(temperature: float) -> None:

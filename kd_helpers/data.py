@@ -50,7 +50,7 @@ class DataSplits:
         validation: for every choice.
         test: for the measurement at the end.
         label_names: class names in the order of their numbers.
-        notes: what was left out of your own data, one sentence each.
+        notes: what was left out of your own data, and how it was read, one sentence each.
     """
 
     train: datasets.Dataset
@@ -153,8 +153,12 @@ def read_preset_data(name: str) -> Corpus:
 def read_own_data(config: DistillConfig) -> Corpus:
     """Your own texts, without copies within and across splits; a held-out split that isn't given is cut from train.
 
-    Texts stay as they are, save for the space around them. Two texts are copies when they differ in case and white
-    space at most. Test keeps a copy rather than validation, validation rather than train.
+    Texts stay as they are, save for the space around them. Two texts are copies when they differ in case, white space
+    and Unicode form at most. Test keeps a copy rather than validation, validation rather than train.
+
+    Train may be without labels where nothing reads them (see `DistillConfig.needs_labels`). Its texts are the transfer
+    set then, and the classes are those of the teacher. The held-out splits have labels, or none of them has one: a
+    split that is cut from such a train can't have any.
 
     Raises:
         FileNotFoundError: a file or a dataset is missing.
@@ -162,12 +166,23 @@ def read_own_data(config: DistillConfig) -> Corpus:
         ValueError: the data makes no sense (see `own_data`), a class has too few texts, or a held-out text has no
             label or one that train lacks, or a split is empty.
     """
-    splits = _read_own_splits(config)
-    names = own_data.label_names(splits["train"].dropna(subset="label"), config.data)
+    splits, notes = _read_own_splits(config)
+    labelled = splits["train"].dropna(subset="label")
+    if labelled.empty and not config.needs_labels:
+        names = hub.class_names(config.teacher_checkpoint)
+        _name_as_teacher(splits, names)
+        classes = f"classes, those of the teacher: {', '.join(names)}"
+    else:
+        names = own_data.label_names(labelled, config.data)
+        counts = labelled["label"].value_counts()
+        classes = "classes: " + ", ".join(f"{name} ({counts[name]:,})" for name in names)
+    cut = [split for split in OWN_SHARES if split not in splits]
     _require_known_labels(splits, names)
-    counts = splits["train"]["label"].value_counts()
-    notes = ["classes: " + ", ".join(f"{name} ({counts[name]:,})" for name in names)]
-    notes += [_about_rows(split, rows) for split, rows in splits.items()]
+    if labelled.empty:
+        _require_labels_of_all_or_none(splits, cut)
+    notes = [classes, *notes, *(_about_rows(split, rows) for split, rows in splits.items())]
+    if doubtful := own_data.doubtful(names):
+        notes.append(f"counted as classes: {', '.join(doubtful)}; leave the field empty where a text has no label")
     frames: dict[str, pd.DataFrame] = {}
     for split, rows in splits.items():
         held_out = {key for frame in frames.values() for key in frame["key"]}
@@ -179,30 +194,76 @@ def read_own_data(config: DistillConfig) -> Corpus:
         notes += [f"{split}, {note}" for note in left_out]
     hidden = frames["train"]["label"] == IGNORE_INDEX
     pool, unlabelled = frames["train"][~hidden], frames["train"][hidden]
-    cut = [split for split in OWN_SHARES if split not in frames]
-    _require_texts_of_each(pool, names, 1 + len(cut), config.data)
+    if labelled.empty:
+        _require_texts(unlabelled, 1 + len(cut), config.data)
+    else:
+        _require_texts_of_each(pool, names, 1 + len(cut), config.data)
     for split in cut:
-        frames[split], pool = _cut_from(pool, *OWN_SHARES[split])
-        notes.append(f"{split}, texts cut from train, of each class its share: {len(frames[split]):,}")
+        if labelled.empty:
+            frames[split], unlabelled = _cut_from(unlabelled, *OWN_SHARES[split])
+            notes.append(f"{split}, texts without a label cut from train: {len(frames[split]):,}")
+        else:
+            frames[split], pool = _cut_from(pool, *OWN_SHARES[split])
+            notes.append(f"{split}, texts cut from train, of each class its share: {len(frames[split]):,}")
+    student, teacher = min(len(pool), config.train_size), min(len(pool), config.teacher_train_size)
     notes.append(
-        f"train, labelled texts: {len(pool):,}; the student takes {min(len(pool), config.train_size):,} (train_size), "
-        f"the teacher {min(len(pool), config.teacher_train_size):,} (teacher_train_size)"
+        f"train, texts without a label: {len(unlabelled):,}; the student takes all of them"
+        if labelled.empty
+        else f"train, labelled texts: {len(pool):,}; the student takes {student:,} (train_size), the teacher "
+        f"{teacher:,} (teacher_train_size)"
     )
     return Corpus(pool, unlabelled, frames["validation"], frames["test"], names, tuple(notes))
 
 
-def _read_own_splits(config: DistillConfig) -> dict[str, pd.DataFrame]:
-    """The rows of test, validation and train, in this order; held-out splits only where they are given."""
+def _read_own_splits(config: DistillConfig) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """The rows of test, validation and train, in this order, and notes; held-out splits only where they are given."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
-    splits = own_data.read_texts(config.data, **columns)
+    if config.needs_labels and not config.label_column:
+        raise ValueError(f"label_column is empty; name the column of the labels, or {own_data.WITHOUT_LABELS}.")
+    splits = own_data.read_texts(config.data, **columns, label_needed=config.needs_labels)
     if "train" not in splits:
         raise ValueError(
             f"{config.data} has no split 'train' but {', '.join(splits)}; give the training texts as a file."
         )
-    for split, source in {"validation": config.validation_data, "test": config.test_data}.items():
+    given = {"validation": config.validation_data, "test": config.test_data}
+    for split, source in given.items():
         if source:
-            splits[split] = own_data.read_file(source, **columns)
-    return {split: splits[split] for split in ("test", "validation", "train") if split in splits}
+            splits[split] = own_data.read_file(source, **columns, label_needed=config.needs_labels)
+    notes = [f"{split}, {note}" for split, rows in splits.items() for note in rows.attrs["notes"]]
+    notes += own_data.unify_numbers(splits)
+    for split, source in given.items():
+        if not source and split in splits and _are_hidden(splits[split], splits["train"]):
+            rows = splits.pop(split)
+            notes.append(f"{split}, rows left out because their labels are hidden: {len(rows):,}")
+    if unused := sorted(splits.keys() - {"train", "validation", "test"}):
+        notes.append(f"splits that are not used: {', '.join(unused)}")
+    return {split: splits[split] for split in ("test", "validation", "train") if split in splits}, notes
+
+
+def _are_hidden(rows: pd.DataFrame, train: pd.DataFrame) -> bool:
+    """Whether a published split has no labels, though train has: some benchmarks keep those of test to themselves."""
+    known = set(train["label"].dropna())
+    no_class = {str(number) for number in own_data.NO_CLASS} - known
+    return bool(known) and bool((rows["label"].isna() | rows["label"].isin(no_class)).all())
+
+
+def _name_as_teacher(splits: dict[str, pd.DataFrame], names: tuple[str, ...]) -> None:
+    """Spell the labels of the held-out splits as the teacher does, in place; case does not count."""
+    known = {own_data.spelled(name).casefold(): name for name in names}
+    for rows in splits.values():
+        labels = [label and known.get(label.casefold(), label) for label in rows["label"]]
+        rows["label"] = pd.Series(labels, rows.index, dtype=object)
+
+
+def _require_labels_of_all_or_none(splits: dict[str, pd.DataFrame], cut: list[str]) -> None:
+    """Refuse, beside a train without labels, held-out splits of which one has labels and another can't have any."""
+    labelled = [split for split, rows in splits.items() if rows["label"].notna().any()]
+    without = [*cut, *(split for split in splits.keys() - {"train"} if split not in labelled)]
+    if labelled and without:
+        raise ValueError(
+            f"{labelled[0]} has labels, but train has none, so {without[0]} has none either; give texts with labels as "
+            f"{without[0]}_data, or none as {labelled[0]}_data."
+        )
 
 
 def _about_rows(split: str, rows: pd.DataFrame) -> str:
@@ -213,11 +274,26 @@ def _about_rows(split: str, rows: pd.DataFrame) -> str:
 
 
 def _require_known_labels(splits: dict[str, pd.DataFrame], names: tuple[str, ...]) -> None:
+    """Refuse a held-out text without label, or with one of no class; beside a train without labels all may lack it."""
+    unlabelled_train = splits["train"]["label"].isna().all()
     for split in splits.keys() - {"train"}:
-        for place, label in splits[split].loc[~splits[split]["label"].isin(names), ["place", "label"]].to_numpy():
+        labels = splits[split]["label"]
+        if unlabelled_train and labels.isna().all():
+            continue
+        for place, label in splits[split].loc[~labels.isin(names), ["place", "label"]].to_numpy():
             if label is None:
                 raise ValueError(f"{place}: a {split} text has no label; label it or remove it.")
-            raise ValueError(f"{place}: the label {label!r} does not occur in train ({', '.join(names[:10])}).")
+            known = ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+            where = "is none of the teacher's classes" if unlabelled_train else "does not occur in train"
+            raise ValueError(f"{place}: the label {own_data.short(label)} {where} ({known}).")
+
+
+def _require_texts(texts: pd.DataFrame, wanted: int, source: str) -> None:
+    if len(texts) < wanted:
+        raise ValueError(
+            f"{source} has {own_data.count(len(texts), 'text')} once copies are removed; give at least {wanted}, one "
+            "for each split that is made of it."
+        )
 
 
 def _require_texts_of_each(pool: pd.DataFrame, names: tuple[str, ...], wanted: int, source: str) -> None:
@@ -234,8 +310,8 @@ def _without_copies(rows: pd.DataFrame, names: tuple[str, ...], held_out: set[st
     """One row a text, with id, key and number of the label, and what was left out, in words."""
     filled = rows[rows["text"] != ""]
     numbers = {name: index for index, name in enumerate(names)}
-    keys = filled["text"].map(lambda text: _SPACE.sub(" ", text).casefold())
-    labels = filled["label"].map(lambda label: numbers.get(label, IGNORE_INDEX))
+    keys = filled["text"].map(lambda text: own_data.spelled(text).casefold())
+    labels = pd.Series([numbers.get(label, IGNORE_INDEX) for label in filled["label"]], filled.index, dtype="int64")
     everything = pd.DataFrame({"id": keys.map(text_id), "key": keys, "text": filled["text"], "label": labels})
     fresh = everything[~everything["key"].isin(held_out)]
     hidden = fresh["label"] == IGNORE_INDEX
@@ -398,7 +474,9 @@ def split_by_hash(tweets: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.
 
 
 def _to_dataset(tweets: pd.DataFrame) -> datasets.Dataset:
-    return datasets.Dataset.from_pandas(tweets[["id", "text", "label"]], preserve_index=False)
+    # Named, since a frame without rows says nothing about types.
+    columns = {"id": datasets.Value("int64"), "text": datasets.Value("string"), "label": datasets.Value("int64")}
+    return datasets.Dataset.from_pandas(tweets[list(columns)], datasets.Features(columns), preserve_index=False)
 
 
 def count_truncated(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import huggingface_hub.constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+import transformers
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
 
 def require_hub(name: str) -> None:
@@ -45,11 +46,17 @@ def found(name: str, kind: str) -> Iterator[None]:
         kind: "model" or "dataset", for the sentence.
 
     Raises:
-        FileNotFoundError: the hub, or its local cache when `HF_HUB_OFFLINE` is set, lacks it or some of its files.
+        FileNotFoundError: the hub, or its local cache when `HF_HUB_OFFLINE` is set, lacks it or some of its files, or
+            does not give it to everybody.
         ValueError: it needs code of its own, or is not whole.
     """
     try:
         yield
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{kind} {name!r} is open only to those who accept its terms; accept them on its page on the Hugging Face "
+            "hub and run `hf auth login`."
+        ) from error
     except (OSError, HFValidationError, HfHubHTTPError) as error:  # which one depends on what is missing
         where = "the hub's local cache (HF_HUB_OFFLINE is set)" if is_offline() else "the Hugging Face hub"
         flag = "" if kind == "model" else " --repo-type dataset"
@@ -75,6 +82,41 @@ def commit(name: str) -> str:
         return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent.name
 
 
+def class_names(checkpoint: str) -> tuple[str, ...]:
+    """What the outputs of a classifier mean, in their order.
+
+    Args:
+        checkpoint: its folder, or its name on the hub.
+
+    Raises:
+        ConnectionError: the hub can't be reached.
+        FileNotFoundError: there is no such model.
+        ValueError: it is no classifier, or its classes have no names of their own.
+    """
+    if Path(checkpoint).is_dir() and not Path(checkpoint, "config.json").is_file():
+        raise ValueError(
+            f"the folder {checkpoint!r} has no config.json, which names the classes; give the folder of a classifier, "
+            "whole (of an adapter, that of the merged model)."
+        )
+    if not Path(checkpoint).is_dir():
+        require_hub(checkpoint)
+    with found(checkpoint, "model"):
+        config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    names = tuple(str(config.id2label[output]) for output in sorted(config.id2label))
+    if not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
+        kinds = ", ".join(config.architectures or ["no kind of model"])
+        raise ValueError(
+            f"{checkpoint!r} is no fine-tuned classifier (its config.json names {kinds}), so it can't label texts; "
+            "give one, or fine-tune it on labelled texts (teacher_epochs)."
+        )
+    if len({name.casefold() for name in names}) < max(2, len(names)):
+        raise ValueError(
+            f"the classes of {checkpoint!r} are {', '.join(names[:10])}; name at least two, each otherwise, as "
+            "id2label in its config.json."
+        )
+    return names
+
+
 def _first(error: Exception) -> str:
     """The first sentence of what a library says."""
     return str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
@@ -92,15 +134,23 @@ def load_dataset(name: str, subset: str | None) -> datasets.DatasetDict:
     Raises:
         ConnectionError: the hub can't be reached.
         FileNotFoundError: there is no such dataset.
-        ValueError: there is no such configuration.
+        ValueError: there is no such configuration, or its files can't be read.
     """
     require_hub(name)
     with found(name, "dataset"):
         folder = huggingface_hub.snapshot_download(name, repo_type="dataset")
     try:
         return datasets.load_dataset(folder, subset)
-    except ValueError as error:
-        choices = ", ".join(datasets.get_dataset_config_names(folder))
+    except Exception as error:  # of a dozen kinds, of which most are no ValueError
+        choices: list[str] = []
+        with contextlib.suppress(Exception):  # the same may fail for the same reason
+            choices = datasets.get_dataset_config_names(folder)
+        if choices and subset not in (choices if len(choices) > 1 else [*choices, None]):
+            raise ValueError(
+                f"dataset {name!r} has no configuration {subset!r}; write OWNER/NAME:CONFIGURATION with one of "
+                f"{', '.join(choices)}."
+            ) from error
         raise ValueError(
-            f"dataset {name!r} has no configuration {subset!r}; write OWNER/NAME:CONFIGURATION with one of {choices}."
+            f"dataset {name!r} can't be read ({_first(error)}); download it and give its files as data, "
+            "validation_data and test_data."
         ) from error

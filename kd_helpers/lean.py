@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,15 @@ def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) ->
     """Train `model` on these texts in less time, as long as the context lasts.
 
     Losses and gradients are those of ordinary training, with two differences: rows of the embedding table that do not
-    occur keep their values instead of being shrunk by weight decay, and on a CPU dropout draws other masks.
+    occur keep their values instead of being shrunk by weight decay, and on a CPU dropout draws other masks. What a
+    model has of its own kind is left as it is: an embedding table that scales its rows, or attention that does not go
+    through the interface of transformers, are trained as usual.
 
     Args:
         model: changed in place while the context lasts: make the optimiser inside, save the model outside. Its
             embedding table becomes `SeenRows`; on a CPU its dropout becomes `CoarseDropout`, and so in attention.
-        token_ids: the token ids of each training text. In eval mode the model takes any other text as well.
+        token_ids: the token ids of each training text, and of the padding if the model's configuration does not say it.
+            In eval mode the model takes any other text as well.
 
     Raises:
         ValueError: the model's output layer shares the embedding table.
@@ -43,18 +46,43 @@ def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) ->
         raise ValueError(
             "the output layer shares the embedding table, which must then be trained whole; train as usual."
         )
-    seen = SeenRows(table, token_ids).train(model.training)
     with contextlib.ExitStack() as undo:  # last in, first out: the trained rows are put back into the table first
-        undo.callback(model.set_input_embeddings, table)
-        model.set_input_embeddings(seen)
+        places = list(_places(model, table))
+        if all(map(_looks_up_rows, (table, *(getattr(parent, name) for parent, name in places)))):
+            seen = SeenRows(table, itertools.chain(token_ids, [_ids_that_models_add(model)])).train(model.training)
+            for parent, name in places:
+                undo.callback(setattr, parent, name, getattr(parent, name))
+                setattr(parent, name, seen)
+            undo.callback(seen.write_back)
         if table.weight.device.type == "cpu":
-            undo.callback(model.set_attn_implementation, model.config._attn_implementation)
-            model.set_attn_implementation(ATTENTION)
+            if model.config._attn_implementation == "sdpa":  # others may add to the scores what is not passed on
+                undo.callback(model.set_attn_implementation, "sdpa")
+                model.set_attn_implementation(ATTENTION)
             dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
             undo.callback(_become, dropouts, nn.Dropout)
             _become(dropouts, CoarseDropout)
-        undo.callback(seen.write_back)
         yield
+
+
+def _places(model: nn.Module, table: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where a model holds its embedding table: encoder and decoder of T5 have modules of their own that share it."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if getattr(child, "weight", None) is table.weight:
+                yield parent, name
+
+
+def _looks_up_rows(table: nn.Module) -> bool:
+    """Whether a module gives the rows of its table and nothing else: Gemma and BART scale them."""
+    options = (table.max_norm, table.scale_grad_by_freq, table.sparse) if type(table) is nn.Embedding else (True,)
+    return not any(options)
+
+
+def _ids_that_models_add(model: PreTrainedModel) -> list[int]:
+    """Token ids that occur in no text: a decoder starts with one, and some models pad texts themselves."""
+    ids = (getattr(model.config, name, None) for name in ("pad_token_id", "decoder_start_token_id"))
+    rows = model.get_input_embeddings().num_embeddings
+    return [index for index in ids if isinstance(index, int) and 0 <= index < rows]
 
 
 def _become(modules: Iterable[nn.Module], kind: type[nn.Module]) -> None:
@@ -71,7 +99,7 @@ class SeenRows(nn.Module):
 
     Args:
         table: the whole table, `[V, H]`; it is frozen, and holds the trained rows again after `write_back`.
-        token_ids: the token ids of each training text; the padding's row counts as one that occurs.
+        token_ids: the token ids of each training text; that of the table's own padding counts as one that occurs.
     """
 
     def __init__(self, table: nn.Embedding, token_ids: Iterable[Sequence[int]]) -> None:
@@ -145,11 +173,23 @@ def _attention(
     """
     if not module.training:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    groups = query.shape[1] // key.shape[1]  # of heads that share keys and values, as Llama's do
+    key, value = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if (bias := options.get("position_bias")) is not None:
+        scores = scores + bias
+    if attention_mask is None and _is_causal(module, options):  # as torch is told where no text is padded
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = coarse_dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether a token may look at those before it only; the rule of transformers' own attention."""
+    told = options.get("is_causal")
+    return getattr(module, "is_causal", True) if told is None else told
 
 
 AttentionInterface.register(ATTENTION, _attention)

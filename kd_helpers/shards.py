@@ -8,7 +8,10 @@ stream that the Trainer accepts.
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,9 @@ def cache_shards(
 
     Args:
         teacher: a frozen classifier.
-        texts: with a column `text` and, where there are labels, a column `label`; each of its shards gives one file
-            (`load_dataset(…, streaming=True)` has one for each file, `to_iterable_dataset(num_shards=…)` as many
+        texts: with a column `text` and, where there are labels, a column `label` of class numbers; nothing, NaN, −1
+            (as the hub writes where a label is secret) and −100 mean that there is none. Each of its shards gives one
+            file (`load_dataset(…, streaming=True)` has one for each file, `to_iterable_dataset(num_shards=…)` as many
             as you like).
         tokenizer: cuts the texts for teacher and student alike, which must have the same vocabulary.
         folder: where the logits go, a folder for each shard.
@@ -57,12 +61,14 @@ def cache_shards(
         precision: of the teacher's matrix products.
 
     Raises:
-        ValueError: the stream has no column `text`, or the folder was begun with another teacher, tokenizer, number of
-            shards, `max_length` or `precision`.
+        ValueError: the stream has no column `text`, something that is no text or no class number stands in it, its
+            classes are named otherwise than the teacher's, or the folder was begun with another teacher, tokenizer,
+            number of shards, `max_length` or `precision`.
         OSError: the folder can't be written.
     """
     if "text" not in (texts.column_names or ["text"]):
         raise ValueError(f"the texts have the columns {', '.join(texts.column_names)}; rename the right one to 'text'.")
+    _require_class_names(texts, teacher)
     folder = Path(folder)
     # What a launcher tells each of its processes; they need not talk to each other here.
     process, processes = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -96,8 +102,11 @@ def _with_teacher_logits(
 ) -> dict[str, list[Any]]:
     """The columns of some texts, with the teacher logits, in the order of the texts."""
     count = len(rows["text"])
+    if no_text := [text for text in rows["text"] if not isinstance(text, str)]:
+        raise ValueError(f"the column 'text' holds {no_text[0]!r}, which is no text; remove such rows, or fill them.")
     encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
-    labels = [IGNORE_INDEX if label is None else label for label in rows.get("label", [None] * count)]
+    classes = teacher.config.num_labels
+    labels = [_class_number(label, classes) for label in rows.get("label", [None] * count)]
     columns = {**encoded, "label": labels}
     lengths = [len(tokens) for tokens in encoded["input_ids"]]
     numbered = datasets.Dataset.from_dict({**columns, "id": range(count), "length": lengths})
@@ -106,6 +115,40 @@ def _with_teacher_logits(
         logits = teacher_forward(teacher, batch, precision).cpu().numpy()
         rows_of_logits |= dict(zip(batch["id"].tolist(), logits, strict=True))
     return {**columns, "teacher_logits": [rows_of_logits[row] for row in range(count)]}
+
+
+def _class_number(label: Any, classes: int) -> int:
+    """A label as the losses take it: from 0 to `classes` − 1, or −100 for none, whichever way that was written.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if label is None or (isinstance(label, float) and math.isnan(label)) or label in (-1, IGNORE_INDEX):
+        return IGNORE_INDEX
+    if not isinstance(label, (int, float)) or label != int(label) or not 0 <= label < classes:
+        raise ValueError(
+            f"the column 'label' holds {label!r}; give numbers from 0 to {classes - 1} in the order of the teacher's "
+            f"classes, and {IGNORE_INDEX}, −1 or nothing where there is no label."
+        )
+    return int(label)
+
+
+def _require_class_names(texts: datasets.IterableDataset, teacher: nn.Module) -> None:
+    """Refuse a stream whose column `label` names its classes, and otherwise than the teacher does."""
+    names = getattr((texts.features or {}).get("label"), "names", None)
+    if not names or _is_unnamed(teacher.config.id2label.values()):
+        return
+    taught = [str(teacher.config.id2label[index]) for index in sorted(teacher.config.id2label)]
+    if [name.casefold() for name in names] != [name.casefold() for name in taught]:
+        raise ValueError(
+            f"the classes of the texts are {', '.join(names[:10])}, the teacher's {', '.join(taught[:10])}; both must "
+            "mean the same by the same number."
+        )
+
+
+def _is_unnamed(names: Iterable[str]) -> bool:
+    """Whether these are the names that transformers gives to classes without any: LABEL_0, LABEL_1, …"""
+    return all(re.fullmatch(r"(?i)label_\d+", str(name)) for name in names)
 
 
 def missing_shards(folder: str | Path) -> list[int]:

@@ -34,12 +34,14 @@ from kd_helpers.losses import are_probabilities
 from kd_helpers.models import (
     checkpoint_version,
     freeze,
+    load_config,
     load_saved,
     load_teacher,
+    model_digest,
     save_model,
     teacher_forward,
-    weights_digest,
 )
+from kd_helpers.pretrained import require_softmax_head, warn_of_unknown_tokens
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup
 
@@ -112,9 +114,9 @@ def cached_logits(
 ) -> TeacherLogits:
     """The teacher's logits for every text: read from the cache, or computed once and kept there.
 
-    They are stored under a fingerprint of the teacher's weights, the token ids, the precision and the code, so the
-    logits of another teacher, tokenizer or `max_length` are never taken for this one's. An interrupted pass continues
-    after the last `SHARD` texts that were finished.
+    They are stored under a fingerprint of the teacher's weights and configuration, the tokens, the precision and the
+    code, so the logits of another teacher, tokenizer or `max_length` are never taken for this one's. An interrupted
+    pass continues after the last `SHARD` texts that were finished.
 
     Args:
         teacher: frozen.
@@ -126,8 +128,8 @@ def cached_logits(
     key = artifacts.fingerprint(
         {
             **made_by("kd_helpers.teacher"),
-            "teacher": weights_digest(teacher),
-            "tokens": hashlib.sha256(repr((tokenized["id"][:], tokenized["input_ids"][:])).encode()).hexdigest(),
+            "teacher": model_digest(teacher),
+            "tokens": hashlib.sha256(repr(_tokens(tokenized, tokenizer)).encode()).hexdigest(),
             "precision": str(precision),
         }
     )
@@ -147,6 +149,12 @@ def cached_logits(
     artifacts.get_or_build(folder, compute)
     shutil.rmtree(shards, ignore_errors=True)
     return _read_logits(folder)
+
+
+def _tokens(tokenized: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that a teacher sees of texts: their ids, every column of the tokenizer, and how batches are padded."""
+    columns = [column for column in tokenized.column_names if column in {"id", *tokenizer.model_input_names}]
+    return [*((column, tokenized[column][:]) for column in columns), tokenizer.pad_token_id, tokenizer.padding_side]
 
 
 def _shards(tokenized: datasets.Dataset) -> Iterator[datasets.Dataset]:
@@ -192,10 +200,14 @@ def fine_tuned_teacher(setup: Setup, *, checkpoint_steps: int = 0) -> PreTrained
     student, the temperature, alpha or `config.seed` changes it. With `teacher_epochs=0` it is the checkpoint's own.
     When interrupted, it continues from its last checkpoint, which is written after each epoch and, unless
     `checkpoint_steps` is 0, after every so many steps.
+
+    Raises:
+        ValueError: the checkpoint can't be the teacher; see `models.load_classifier` and `models.match_tokenizer`.
     """
     config, data, tokenizer = setup.config, setup.data, setup.tokenizers.teacher
     if config.teacher_epochs == 0:
-        return freeze(load_teacher(config, data.label_names)).to(setup.device)
+        require_softmax_head(config.teacher_source, load_config(config.teacher_source))
+        return freeze(load_teacher(config, data.label_names, tokenizer)).to(setup.device)
     recipe = DistillConfig(
         preset=config.preset,
         teacher_checkpoint=config.teacher_checkpoint,
@@ -220,7 +232,7 @@ def fine_tuned_teacher(setup: Setup, *, checkpoint_steps: int = 0) -> PreTrained
     folder, checkpoints = artifacts.artifacts_dir() / "teachers" / key, checkpoints_dir(key)
 
     def fine_tune(target: Path) -> None:
-        teacher = load_teacher(recipe, data.label_names).to(setup.device)
+        teacher = load_teacher(recipe, data.label_names, tokenizer).to(setup.device)
         validation = evaluation_batches(tokenize(data.validation, tokenizer, recipe.max_length), tokenizer)
         texts = tokenize(data.teacher_train, tokenizer, recipe.max_length)
         batches = training_batches(texts, tokenizer, recipe.batch_size, seed=recipe.seed)
@@ -257,6 +269,7 @@ def load_teacher_logits(setup: Setup, split: str, *, checkpoint_steps: int = 0) 
     teacher = fine_tuned_teacher(setup, checkpoint_steps=checkpoint_steps)
     tokenizer = setup.tokenizers.teacher
     tokenized = tokenize(getattr(setup.data, split), tokenizer, setup.config.max_length)
+    warn_of_unknown_tokens(tokenized, tokenizer, setup.config.teacher_source)
     return cached_logits(teacher, tokenized, tokenizer, precision=setup.precision)
 
 

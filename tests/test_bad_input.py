@@ -167,6 +167,13 @@ CONFIGURATION = [
         "data is int; give text: a path, a hub name or the name of a column.",
     ),
     Case(
+        "home folder of nobody",
+        config(data="~nobody-here/a.csv"),
+        ValueError,
+        "data is '~nobody-here/a.csv', but there is no user 'nobody-here' with a home folder; write the path out "
+        "(./~nobody-here/a.csv for a name that begins so).",
+    ),
+    Case(
         "change that makes no sense",
         lambda world: DistillConfig().replace(weight_decay=-0.1),
         ValueError,
@@ -472,18 +479,53 @@ DATA = [
         ValueError,
         "a.csv has no column 'text' but none; name the right one as text_column.",
     ),
+    Case(
+        "folder",
+        lambda world: ((world.here / "b.csv").mkdir(), own_data(None, "b.csv")(world)),
+        ValueError,
+        "'b.csv' is a folder; give one file.",
+    ),
+    Case(
+        "no column of labels",
+        own_data(REVIEWS, label_column=""),
+        ValueError,
+        "label_column is empty; name the column of the labels, or distil without labels (alpha=1, teacher_epochs=0 and "
+        "a fine-tuned teacher_checkpoint).",
+    ),
+    Case(
+        "quotation mark that swallows rows",
+        own_data(REVIEWS + '"begins,good\na,bad\nends",good\n"a, b",bad\n'),
+        ValueError,
+        "a.csv, line 32: the quotation mark that opens here closes in line 34, and whole rows stand between; close it "
+        "earlier, or double the marks that belong to a text.",
+    ),
+    Case(
+        "codes that became floats",
+        own_data(REVIEWS.replace("bad", "12345678901234568.0").replace("good", "2.0")),
+        ValueError,
+        "a.csv, line 3: the label 12345678901234568.0 was stored as a float, which can't tell whole numbers of this "
+        "size apart; store the labels as text or as integers.",
+    ),
+    Case(
+        "labels that look alike",
+        own_data(REVIEWS + "fine,go\u200dod\n"),
+        ValueError,
+        "a.csv, line 32: the label 'go\\u200dod' differs from 'good' in characters that look alike only; write them "
+        "alike.",
+    ),
     Case("header without rows", own_data("text,label\n"), ValueError, "a.csv has no rows; give it some."),
     Case(
         "missing column",
         own_data(REVIEWS, label_column="stars"),
         ValueError,
-        "a.csv has no column 'stars' but 'text', 'label'; name the right one as label_column.",
+        "a.csv has no column 'stars' but 'text', 'label'; name the right one as label_column, or distil without labels "
+        "(alpha=1, teacher_epochs=0 and a fine-tuned teacher_checkpoint).",
     ),
     Case(
         "one class only",
         own_data("text,label\none,good\ntwo,good\n"),
         ValueError,
-        "a.csv has 1 label ('good'); have 2 to 100, or name the right label_column.",
+        "a.csv has 1 label ('good'); have 2 to 1,000, or name the right label_column.",
     ),
     Case(
         "rare class",

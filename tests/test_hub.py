@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from support import hub_cache
 from support.models import tiny_bert, tiny_distilbert
 
@@ -117,6 +119,67 @@ splits = load_splits(DistillConfig(data="cardiffnlp/tweet_eval:emoji", train_siz
 print(splits.label_names, len(splits.train), len(splits.validation), len(splits.test))
 """)
     assert said.splitlines()[-1] == "('negative', 'neutral', 'positive') 50 600 700"
+
+
+def test_datasets_as_they_are_published(python):
+    """Hidden labels of test, a column of another name, 151 classes, splits of other names, a script."""
+    said = python("""
+import collections, json
+from kd_helpers import DistillConfig, load_splits
+
+def show(**choices):
+    splits = load_splits(DistillConfig(**choices))
+    parts = (splits.student_train, splits.validation, splits.test)
+    print(json.dumps({
+        "classes": len(splits.label_names),
+        "texts": [part["text"][:] for part in parts],
+        "labels": [[splits.label_names[label] for label in part["label"]] for part in parts],
+        "notes": splits.notes,
+    }))
+
+show(data="stanfordnlp/sst2", text_column="sentence")
+show(data="clinc/clinc_oos:plus", label_column="intent")
+show(data="clinc/clinc_oos", label_column="intent")
+show(data="someone/two_validations")
+for choices in ({"data": "someone/script"}, {"data": "clinc/clinc_oos:huge"}, {"data": "stanfordnlp/sst2"}):
+    try:
+        load_splits(DistillConfig(**choices))
+    except ValueError as error:
+        print(error)
+""")
+    lines = said.splitlines()[-7:]
+    hidden, many, only, others = map(json.loads, lines[:4])
+    assert [len(part) for part in hidden["texts"]] == [48, 12, 12]
+    for texts, labels in zip(hidden["texts"], hidden["labels"], strict=True):
+        for text, label in zip(texts, labels, strict=True):
+            assert label == ("negative", "positive")[int(text.split()[-1]) % 2], text
+            assert not text.startswith("test"), "the hidden texts are used nowhere"
+    assert all(text.startswith("validation") for text in hidden["texts"][1])
+    assert "test, rows left out because their labels are hidden: 20" in hidden["notes"]
+    assert "test, texts cut from train, of each class its share: 12" in hidden["notes"]
+    assert (many["classes"], [len(part) for part in many["texts"]]) == (151, [453, 151, 151])
+    for texts, labels in zip(many["texts"], many["labels"], strict=True):
+        assert all(text.endswith(f"wants {label}") for text, label in zip(texts, labels, strict=True))
+    assert only == many, "the only configuration need not be named"
+    assert "splits that are not used: validation_matched, validation_mismatched" in others["notes"]
+    assert [len(part) for part in others["texts"]] == [14, 2, 4]
+    assert lines[4].startswith("dataset 'someone/script' can't be read (")
+    assert lines[4].endswith("; download it and give its files as data, validation_data and test_data.")
+    assert lines[5].startswith("dataset 'clinc/clinc_oos' has no configuration 'huge'; write OWNER/NAME:CONFIGURATION")
+    assert lines[6] == (
+        "stanfordnlp/sst2, train has no column 'text' but 'idx', 'sentence', 'label'; name the right one as text_column."
+    )
+
+
+def test_a_dataset_that_is_not_open_to_everybody(monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+        raise GatedRepoError("Access to dataset someone/terms is restricted.\nVisit it.", response=response)
+
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match="^dataset 'someone/terms' is open only to those who accept"):
+        data.load_splits(DistillConfig(data="someone/terms"))
 
 
 @pytest.mark.parametrize("answers", [False, True], ids=["refuses", "never answers"])

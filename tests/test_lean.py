@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 from scipy import stats
+from support.architectures import tiny, without_dropout
 from support.models import tiny_bert, tiny_distilbert
 from torch import nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM
 
 from kd_helpers.data import evaluation_batches, training_batches
-from kd_helpers.lean import CoarseDropout, SeenRows, coarse_dropout, lean_training
+from kd_helpers.lean import ATTENTION, CoarseDropout, SeenRows, coarse_dropout, lean_training
 from kd_helpers.loop import distill_epoch
 from kd_helpers.metrics import predict
+from kd_helpers.models import model_inputs
 from kd_helpers.optim import make_optimizer, make_scheduler
 
 
@@ -26,13 +28,6 @@ def train(model, batches, *, weight_decay: float):
     optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=weight_decay)
     scheduler = make_scheduler(optimizer, steps=100)
     return distill_epoch(model, batches, optimizer, scheduler, temperature=1.0, alpha=0.0)
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def test_training_lean_gives_the_losses_and_weights_of_training_whole(student, tokenized, tokenizer):
@@ -200,3 +195,46 @@ def test_training_on_a_token_that_does_not_occur_is_an_error():
     with pytest.raises(IndexError):
         seen(torch.tensor([[4]]))
     assert seen.eval()(torch.tensor([[4]])).shape == (1, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "t5", "bart", "modernbert", "xlm-roberta"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_of_every_form_is_the_models_own(kind, padded):
+    """Causal with and without a mask, heads that share keys, a bias for positions, a window, a decoder."""
+    model, tokenizer = tiny(kind)
+    without_dropout(model)
+    texts = ["what a good day it is for you and me to be"] * 2 if not padded else ["what a good day it is", "good"]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    batch = model_inputs(model, tokenizer(texts, padding=True, return_tensors="pt"))
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        with lean_training(model.train(), batch["input_ids"].tolist()):
+            assert model.config._attn_implementation == ATTENTION
+            assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+            assert_close(model.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limited"), [("t5", True), ("gpt2", True), ("xlnet", True), ("gemma", False), ("bart", False)]
+)
+def test_a_table_is_limited_to_rows_that_occur_wherever_it_is_held_unless_it_scales_them(kind, limited):
+    model, _ = tiny(kind)
+    held = [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
+    modules, names = dict(model.named_modules()), list(model.state_dict())
+    shared = [name for name, module in modules.items() if getattr(module, "weight", None) is modules[held[0]].weight]
+    assert len(shared) == (3 if kind in ("t5", "bart") else 1)
+    with lean_training(model, [[4, 5, 6]]):
+        assert all(isinstance(model.get_submodule(name), SeenRows) == limited for name in shared)
+        assert sum(parameter.requires_grad and len(parameter) > 100 for parameter in model.parameters()) == (
+            not limited
+        )
+    assert dict(model.named_modules()) == modules
+    assert list(model.state_dict()) == names
+
+
+def test_attention_that_goes_its_own_way_is_left_alone():
+    model, _ = tiny("deberta-v3")
+    with lean_training(model, [[4, 5, 6]]):
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"

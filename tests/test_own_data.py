@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from support.models import tiny_bert
 
 from kd_helpers import data, own_data
 from kd_helpers.config import DistillConfig
+from kd_helpers.losses import IGNORE_INDEX
+from kd_helpers.metrics import classification_metrics
+from kd_helpers.models import save_model
+from kd_helpers.resolve import resolve
+from kd_helpers.runs import distill
 
 REVIEWS = [(f"review number {i}", "good" if i % 3 else "bad") for i in range(60)]
 
@@ -124,11 +131,20 @@ def test_copies_are_removed_within_and_across_splits(write):
     } <= set(splits.notes)
 
 
-def test_a_text_that_swallowed_others_is_seen_in_the_notes(write):
+def test_a_text_that_swallowed_others_is_refused(write):
     swallowed = "\n".join(f"review number {i},good" for i in range(20, 30))
     source = write(csv(REVIEWS[:20]) + f'"a stray quote {swallowed}",good\n')
-    (note,) = [note for note in load(source).notes if note.startswith("train, rows read")]
-    assert note == "train, rows read: 21, the longest text has 233 characters (reviews.csv, line 22)"
+    with pytest.raises(
+        ValueError, match=r"^reviews.csv, line 22: the quotation mark that opens here closes in line 31, "
+    ):
+        load(source)
+
+
+def test_a_text_that_may_have_swallowed_others_is_seen_in_the_notes(write):
+    lines = "\n".join(f"this is line {i} of a letter" for i in range(20, 30))
+    notes = load(write(csv(REVIEWS[:20]) + f'"{lines}",good\n')).notes
+    assert "train, rows read: 21, the longest text has 269 characters (reviews.csv, line 22)" in notes
+    assert "train, rows that span several lines: 1, the longest reviews.csv, lines 22 to 31" in notes
 
 
 def test_a_label_that_says_it_is_missing_is_missing(write):
@@ -153,6 +169,49 @@ def test_every_class_is_in_every_split(write):
     splits = load(write(csv(rows)))
     for part in (splits.train, splits.validation, splits.test):
         assert set(part["label"]) == set(range(100))
+
+
+@pytest.mark.parametrize("classes", [151, own_data.MAX_CLASSES])
+def test_as_many_classes_as_the_limit_allows(write, classes):
+    rows = [(f"text {i}", f"class {i % classes:04}") for i in range(4 * classes)]
+    splits = load(write(csv(rows)))
+    assert splits.label_names == tuple(f"class {i:04}" for i in range(classes))
+    for part in (splits.train, splits.validation, splits.test):
+        assert set(part["label"]) == set(range(classes))
+    assert labels_of(splits) == dict(rows)
+    assert data.describe_splits(splits).shape == (5, classes + 2)
+    labels = torch.tensor(splits.test["label"][:])
+    wrong = (labels + 1) % classes
+    measured = classification_metrics(20.0 * torch.nn.functional.one_hot(labels, classes), labels)
+    assert (measured["accuracy"], measured["macro_f1"]) == (1.0, 1.0)
+    measured = classification_metrics(20.0 * torch.nn.functional.one_hot(wrong, classes), labels)
+    assert (measured["accuracy"], measured["macro_recall"]) == (0.0, 0.0)
+
+
+def test_151_classes_are_distilled(write, tmp_path, own_artifacts, tokenizer):
+    """As many as CLINC150 has with its class for what is out of scope."""
+    names = [f"intent {i}" for i in range(151)]
+    source = write(csv([(f"{i} please {name}", name) for i in range(4) for name in names]))
+    teacher, student = (tiny_bert(layers, classes=151) for layers in (2, 1))
+    teacher.config.id2label = dict(enumerate(names))
+    save_model(tmp_path / "teacher", teacher, tokenizer)
+    student.config.architectures = student.config.id2label = None
+    save_model(tmp_path / "student", student.bert, tokenizer)
+    config = DistillConfig(
+        data=source,
+        teacher_checkpoint=str(tmp_path / "teacher"),
+        student_checkpoint=str(tmp_path / "student"),
+        teacher_epochs=1,
+        max_steps=3,
+        max_length=16,
+        device="cpu",
+        precision="float32",
+    )
+    result = distill(config)
+    assert sorted(result.student.config.id2label.values()) == sorted(names)
+    assert result.predictions.logits.shape == (151, 151)
+    assert sorted(result.predictions.labels.tolist()) == list(range(151))
+    assert 0 < result.metrics["test"]["nll"] < 7
 
 
 def test_large_data_is_held_out_up_to_a_limit(write):
@@ -229,7 +288,7 @@ BAD = {
     "a list as label": (
         "a.jsonl",
         '{"text": "x", "label": [1]}\n',
-        r"a.jsonl, line 1: the label [1] is neither a name nor",
+        r"a.jsonl, line 1: the label [1] is a list or an object; give each text one label",
     ),
     "a fraction as label": (
         "a.jsonl",
@@ -241,10 +300,14 @@ BAD = {
     "no labels": (
         "a.csv",
         csv([("a", ""), ("b", "")]),
-        r"a.csv has 0 labels; have 2 to 100, or name the right label_col",
+        r"a.csv has 0 labels; have 2 to 1,000, or name the right label_col",
     ),
-    "one label": ("a.csv", csv([("a", "x"), ("b", "x")]), r"a.csv has 1 label ('x'); have 2 to 100"),
-    "101 labels": ("a.csv", csv([(f"t{i}", f"c{i}") for i in range(101)]), r"a.csv has 101 labels; have 2 to 100"),
+    "one label": ("a.csv", csv([("a", "x"), ("b", "x")]), r"a.csv has 1 label ('x'); have 2 to 1,000"),
+    "1001 labels": (
+        "a.csv",
+        csv([(f"t{i}", f"c{i}") for i in range(1001)]),
+        r"a.csv has 1,001 labels; have 2 to 1,000",
+    ),
     "case": (
         "a.csv",
         csv([("a", "Good"), ("b", "good"), ("c", "x")]),
@@ -307,3 +370,132 @@ def test_a_path_must_be_text():
 def test_reading_says_where_each_row_stands(write):
     rows = own_data.read_texts(write('text,label\n"two\nlines",a\n\nx,b\n'), text_column="text", label_column="label")
     assert rows["train"]["place"].tolist() == ["reviews.csv, line 2", "reviews.csv, line 5"]
+
+
+# Texts without labels, of which the teacher alone says something
+
+
+@pytest.fixture
+def teacher(tmp_path, tokenizer) -> str:
+    """A classifier of three classes, in an order of its own."""
+    model = tiny_bert()
+    model.config.id2label = {0: "Poor", 1: "good", 2: "Fair"}
+    save_model(tmp_path / "teacher", model, tokenizer)
+    return str(tmp_path / "teacher")
+
+
+BARE = "number,text\n" + "".join(f"{i},{text}\n" for i, (text, _) in enumerate(REVIEWS))
+
+
+@pytest.mark.parametrize("content", [BARE, csv([(text, "") for text, _ in REVIEWS])], ids=["no column", "an empty one"])
+def test_train_without_labels_has_the_classes_of_its_teacher(write, teacher, content):
+    test = write("text,label\nreview number 3,good\nas usual,fair\nnever again,POOR\n", "test.csv")
+    validation = write("text,label\nnot bad,good\nbad,poor\n", "validation.csv")
+    pure = {"alpha": 1.0, "teacher_epochs": 0, "teacher_checkpoint": teacher}
+    splits = load(write(content), test_data=test, validation_data=validation, **pure)
+    assert splits.label_names == ("Poor", "good", "Fair")
+    assert labels_of(splits) == {
+        "review number 3": "good",
+        "as usual": "Fair",
+        "never again": "Poor",
+        "not bad": "good",
+        "bad": "Poor",
+    }
+    assert (len(splits.train), len(splits.teacher_train)) == (0, 0)
+    assert set(splits.student_train["text"]) == {text for text, _ in REVIEWS} - {"review number 3"}
+    assert set(splits.student_train["label"]) == {IGNORE_INDEX}
+    assert splits.notes[0] == "classes, those of the teacher: Poor, good, Fair"
+    assert splits.notes[-1] == "train, texts without a label: 59; the student takes all of them"
+    assert data.describe_splits(splits).loc["transfer"].tolist() == [0, 0, 0, 59, 59]
+    assert resolve(DistillConfig(data="reviews.csv", test_data=test, validation_data=validation, **pure), splits)
+
+
+@pytest.mark.parametrize("label_column", ["", "label"])
+def test_nothing_but_texts_is_split_and_can_not_be_scored(write, teacher, label_column):
+    pure = {"alpha": 1.0, "teacher_epochs": 0, "teacher_checkpoint": teacher, "label_column": label_column}
+    splits = load(write(BARE), **pure)
+    assert [len(part) for part in (splits.student_train, splits.validation, splits.test)] == [43, 5, 12]
+    texts = [*splits.student_train["text"], *splits.validation["text"], *splits.test["text"]]
+    assert sorted(texts) == sorted(text for text, _ in REVIEWS)
+    assert set(splits.test["label"]) | set(splits.validation["label"]) == {IGNORE_INDEX}
+    assert load(write(csv(REVIEWS), "labelled.csv"), **pure).test["text"][:] == splits.test["text"][:] or label_column
+    sentence = "validation and test have no labels, so accuracy can't be measured; give texts with labels as "
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        resolve(DistillConfig(data="reviews.csv", **pure))
+
+
+@pytest.mark.parametrize(
+    ("choices", "sentence"),
+    [
+        (
+            {"alpha": 0.9},
+            "a.csv has no column 'label' but 'number', 'text'; name the right one as label_column, or distil",
+        ),
+        (
+            {"teacher_epochs": 1},
+            "or distil without labels (alpha=1, teacher_epochs=0 and a fine-tuned teacher_checkpoint).",
+        ),
+        (
+            {"teacher_checkpoint": ""},
+            "a.csv has no column 'label' but 'number', 'text'; name the right one as label_column",
+        ),
+        (
+            {"alpha": 0.9, "label_column": ""},
+            "label_column is empty; name the column of the labels, or distil without la",
+        ),
+        (
+            {"teacher_checkpoint": "encoder"},
+            "is no fine-tuned classifier (its config.json names BertModel), so it can't",
+        ),
+        (
+            {"teacher_checkpoint": "empty"},
+            "the folder 'empty' has no config.json, which names the classes; give the folder",
+        ),
+        ({"teacher_checkpoint": "alike"}, "the classes of 'alike' are yes, Yes, no; name at least two, each otherwise"),
+        (
+            {"test_data": "test.csv"},
+            "test has labels, but train has none, so validation has none either; give texts with ",
+        ),
+        (
+            {"test_data": "test.csv", "validation_data": "a.csv"},
+            "test has labels, but train has none, so validation has none either; give texts with labels as "
+            "validation_data, or none as test_data.",
+        ),
+        (
+            {"test_data": "odd.csv", "validation_data": "test.csv"},
+            "odd.csv, line 2: the label 'superb' is none of the teacher's classes (Poor, good, Fair).",
+        ),
+        (
+            {"test_data": "partly.csv", "validation_data": "test.csv"},
+            "partly.csv, line 3: a test text has no label; label it or remove it.",
+        ),
+        (
+            {"data": "two.csv"},
+            "two.csv has 2 texts once copies are removed; give at least 3, one for each split that is",
+        ),
+    ],
+)
+def test_texts_without_labels_where_something_needs_labels(write, teacher, tokenizer, choices, sentence):
+    write(BARE, "a.csv")
+    write("text,label\nfine,good\n", "test.csv")
+    write("text,label\nfine,superb\n", "odd.csv")
+    write("text,label\nfine,good\nso so,\n", "partly.csv")
+    write("text\none\ntwo\nTWO\n", "two.csv")
+    save_model(Path("encoder"), tiny_bert().bert, tokenizer)
+    model = tiny_bert()
+    model.config.id2label = {0: "yes", 1: "Yes", 2: "no"}
+    save_model(Path("alike"), model, tokenizer)
+    Path("empty").mkdir()
+    pure = {"data": "a.csv", "alpha": 1.0, "teacher_epochs": 0, "teacher_checkpoint": teacher}
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        data.load_splits(DistillConfig(**pure | choices))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_labels_that_nobody_reads_are_kept_where_there_are_any(write, teacher):
+    """Pure distillation of labelled texts is what it was: the labels of train split it, and name its classes."""
+    pure = {"alpha": 1.0, "teacher_epochs": 0, "teacher_checkpoint": teacher}
+    one, other = load(write(csv(REVIEWS)), **pure), load("reviews.csv")
+    assert one.label_names == other.label_names == ("bad", "good")
+    assert one.test.to_dict() == other.test.to_dict()

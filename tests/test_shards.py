@@ -108,6 +108,51 @@ def test_a_text_without_a_label_is_marked(tmp_path, teacher, raw, tokenizer):
     assert [row["label"] for row in read_shards(tmp_path)] == [-100] * 5 + [1, 0, 1]
 
 
+def with_labels(raw: datasets.Dataset, labels: list, feature=None) -> datasets.IterableDataset:
+    features = datasets.Features({"text": datasets.Value("string"), "label": feature}) if feature else None
+    texts = {"text": raw["text"][: len(labels)], "label": labels}
+    return datasets.Dataset.from_dict(texts, features=features).to_iterable_dataset(num_shards=2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0, -1, 2, -1], datasets.ClassLabel(names=["Negative", "neutral", "positive"])),
+        ([0, None, 2, -1], datasets.ClassLabel(names=["negative", "neutral", "positive"])),
+        ([0, -1, 2, -100], None),
+        ([0.0, float("nan"), 2.0, None], None),
+    ],
+)
+def test_every_way_to_write_that_there_is_no_label_is_one(tmp_path, teacher, raw, tokenizer, labels, feature):
+    cache_shards(teacher, with_labels(raw, labels, feature), tokenizer, tmp_path, max_length=24)
+    assert [row["label"] for row in read_shards(tmp_path)] == [0, -100, 2, -100]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        ({"label": ["good", "bad"]}, "the column 'label' holds 'good'; give numbers from 0 to 2 in the order of the"),
+        ({"label": [0, 3]}, "the column 'label' holds 3; give numbers from 0 to 2"),
+        ({"label": [0, -2]}, "the column 'label' holds -2; give numbers from 0 to 2"),
+        ({"label": [0.5, 1.0]}, "the column 'label' holds 0.5; give numbers from 0 to 2"),
+        ({"text": ["a", None]}, "the column 'text' holds None, which is no text; remove such rows, or fill them"),
+        ({"text": [3, 4]}, "the column 'text' holds 3, which is no text"),
+    ],
+)
+def test_what_is_no_text_or_no_class_is_refused(tmp_path, teacher, tokenizer, texts, sentence):
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]} | texts)
+    with pytest.raises(ValueError, match=sentence):
+        cache_shards(teacher, rows.to_iterable_dataset(), tokenizer, tmp_path, max_length=24)
+
+
+def test_classes_in_another_order_than_the_teachers_are_refused(tmp_path, teacher, raw, tokenizer):
+    turned = datasets.ClassLabel(names=["positive", "neutral", "negative"])
+    with pytest.raises(ValueError, match="the classes of the texts are positive, neutral, negative, the teacher's neg"):
+        cache_shards(teacher, with_labels(raw, [0, 1], turned), tokenizer, tmp_path, max_length=24)
+    teacher.config.id2label = {index: f"LABEL_{index}" for index in range(3)}  # it has no names
+    cache_shards(teacher, with_labels(raw, [0, 1], turned), tokenizer, tmp_path, max_length=24)
+
+
 SCRIPT = """
 import json, os
 from pathlib import Path

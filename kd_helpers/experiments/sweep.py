@@ -33,7 +33,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from kd_helpers import artifacts
-from kd_helpers.config import DATA_FILES, TEXTS, DistillConfig
+from kd_helpers.config import DATA_FILES, PATHS, TEXTS, DistillConfig, expanded
 from kd_helpers.experiments import RESULTS
 from kd_helpers.experiments.environment import environment
 from kd_helpers.provenance import SOURCES, imports_of, made_by
@@ -84,7 +84,7 @@ def read_notebook(path: str | Path) -> Notebook:
         FileNotFoundError: there is no such file.
         ValueError: it is no notebook, or one that can't be swept. One sentence says why.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     if not path.is_file():
         raise FileNotFoundError(f"there is no notebook {path}; give the path of an .ipynb file.")
     try:
@@ -250,12 +250,12 @@ def run_name(notebook: Notebook, parameters: Parameters) -> str:
 
 def _content_digest(name: str, value: Any) -> str | None:
     """A digest of the file of texts or the folder of a model that a parameter names; None where it names neither."""
-    if name not in TEXTS or not value:
+    if name not in PATHS or not value:
         return None
-    path = Path(value).expanduser()
+    path = Path(expanded(value, name))
     if name in DATA_FILES:
         return artifacts.file_digest(path) if os.path.isfile(path) else None
-    return artifacts.model_folder_digest(path) if name.endswith("_checkpoint") and os.path.isdir(path) else None
+    return artifacts.model_folder_digest(path) if os.path.isdir(path) else None
 
 
 def _require_readable(config: DistillConfig) -> None:
@@ -306,8 +306,9 @@ def sweep(
     notebook = read_notebook(path)
     settings = plan(notebook, grid, fixed)
     threads_per_job(jobs)
-    require_own_folder(Path(out), notebook)
-    return run_plan(notebook, settings, Path(out).resolve(), jobs)
+    folder = Path(expanded(out, "out")).resolve()
+    require_own_folder(folder, notebook)
+    return run_plan(notebook, settings, folder, jobs)
 
 
 def run_plan(notebook: Notebook, settings: Sequence[Setting], out: Path, jobs: int) -> pd.DataFrame:
@@ -512,7 +513,7 @@ def collect(out: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    out = Path(out)
+    out = Path(expanded(out, "out"))
     if not (out / "plan.json").exists():
         raise FileNotFoundError(f"{out} holds no sweep; give the folder that was the sweep's --out.")
     settings = read_plan(out)["settings"]
@@ -626,8 +627,9 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers swee
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, which share the cores (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     chosen = parser.parse_args(arguments)
-    out = (chosen.out or artifacts.artifacts_dir() / "sweeps" / chosen.notebook.stem).resolve()
     try:
+        out = chosen.out or artifacts.artifacts_dir() / "sweeps" / chosen.notebook.stem
+        out = Path(expanded(out, "--out")).resolve()
         notebook = read_notebook(chosen.notebook)
         settings = plan(notebook, _grid(chosen.grid), _fixed(chosen.parameter))
         require_own_folder(out, notebook)

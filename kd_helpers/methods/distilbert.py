@@ -25,10 +25,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedModel
+from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kd_helpers import artifacts, hub
+from kd_helpers import artifacts
 from kd_helpers.checkpoints import checkpoints_dir
 from kd_helpers.config import DistillConfig, require_whole
 from kd_helpers.data import (
@@ -48,22 +48,22 @@ from kd_helpers.methods.hidden_losses import (
     vocabulary_soft_loss,
 )
 from kd_helpers.models import (
-    NO_CODE,
     Batch,
     checkpoint_path,
     checkpoint_version,
     copy_layers,
     copy_out_of_file,
     freeze,
+    load_config,
     load_teacher,
     model_inputs,
-    quiet_transformers,
     random_like,
     require_eval_mode,
     require_teacher_and_student,
     save_model,
 )
 from kd_helpers.optim import make_optimizer, make_scheduler
+from kd_helpers.pretrained import NO_CODE, explained, quiet_transformers, require_encoder
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup
 from kd_helpers.runtime import autocast, seed_everything
@@ -406,20 +406,24 @@ def load_language_model(name: str) -> tuple[BertForMaskedLM, bool]:
     """A BERT with a masked-language head, and whether the checkpoint brought that head; otherwise it is drawn.
 
     Raises:
-        ValueError: the checkpoint is no BERT.
+        ValueError: the checkpoint is no BERT, or lacks weights of its encoder.
         FileNotFoundError: there is no such model, or it has no safetensors.
         ConnectionError: the model is on the hub and it can't be reached.
     """
-    path = checkpoint_path(name)
-    with hub.found(name, "model"):
-        kind = AutoConfig.from_pretrained(path, **NO_CODE).model_type
-    if kind != "bert":
+    if (kind := load_config(name).model_type) != "bert":
         raise ValueError(f"a language teacher must be a BERT, {name!r} is a {kind}; name another teacher_checkpoint.")
-    with quiet_transformers(), torch.random.fork_rng(), hub.found(name, "model"):
+    path = checkpoint_path(name)
+    with quiet_transformers(), torch.random.fork_rng(), explained(name, path):
         torch.manual_seed(0)
         model, report = BertForMaskedLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **NO_CODE
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and looked at here
+            output_loading_info=True,
+            **NO_CODE,
         )
+    require_encoder(name, model, report)
     copy_out_of_file(model)
     return model, not any(key.startswith("cls.predictions.transform") for key in report["missing_keys"])
 

@@ -41,6 +41,10 @@ def build(home: Path) -> dict[str, str]:
     }.items():
         add_model(home, name, model, tokenizer)
     _add(home, "datasets--cardiffnlp--tweet_eval", _tweet_eval)
+    _add(home, "datasets--stanfordnlp--sst2", _sst2)
+    _add(home, "datasets--clinc--clinc_oos", _clinc)
+    _add(home, "datasets--someone--two_validations", _two_validations)
+    _add(home, "datasets--someone--script", lambda folder: (folder / "script.py").write_text("import os"))
     _add(home, "models--someone--pickled", lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'))
     return environment(home)
 
@@ -109,3 +113,50 @@ def _tweet_eval(folder: Path) -> None:
             datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
         start += size
     (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(cards)}---\n# TweetEval, in small\n")
+
+
+def _sst2(folder: Path) -> None:
+    """Phrases with a number each, and a test split whose labels are hidden, as GLUE has it."""
+    names = datasets.ClassLabel(names=["negative", "positive"])
+    features = {"idx": datasets.Value("int32"), "sentence": datasets.Value("string"), "label": names}
+    for split, size in {"train": 60, "validation": 12, "test": 20}.items():
+        rows = {
+            "idx": list(range(size)),
+            "sentence": [f"{split} phrase {row}" for row in range(size)],
+            "label": [-1 if split == "test" else row % 2 for row in range(size)],
+        }
+        _write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows, features)
+
+
+def _clinc(folder: Path) -> None:
+    """CLINC150's 151 intents, of which one is for what is out of scope."""
+    names = [*(f"intent_{number:03}" for number in range(150)), "oos"]
+    features = {"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=names)}
+    for split, each in {"train": 3, "validation": 1, "test": 1}.items():
+        rows = {
+            "text": [f"{split} {row} wants {name}" for row in range(each) for name in names],
+            "intent": [number for _ in range(each) for number in range(len(names))],
+        }
+        _write_parquet(folder / "plus" / f"{split}-00000-of-00001.parquet", rows, features)
+    card = "configs:\n- config_name: plus\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: plus/{split}-*\n" for split in ("train", "validation", "test")
+    )
+    (folder / "README.md").write_text(f"---\n{card}---\n# CLINC150, in small\n")
+
+
+def _two_validations(folder: Path) -> None:
+    """Splits of other names, as MultiNLI has them."""
+    features = {"text": datasets.Value("string"), "label": datasets.Value("string")}
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        rows = {"text": [f"{split} {row}" for row in range(20)], "label": ["yes", "no"] * 10}
+        _write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows, features)
+    card = "configs:\n- config_name: default\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: data/{split}-*\n"
+        for split in ("train", "validation_matched", "validation_mismatched")
+    )
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+
+
+def _write_parquet(path: Path, rows: dict[str, list], features: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(str(path))
