@@ -51,7 +51,7 @@ _UNSEEN = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060\u
 _HARDLY_SEEN = re.compile("[\u200c\u200d\ufe00-\ufe0f]")
 _ENDS = re.compile("^[\\s\u200c\u200d]+|[\\s\u200c\u200d]+$")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's first line
+_SEPARATOR_LINE = re.compile(r'"?sep=([^"\w \n])"?\s*', re.IGNORECASE)  # Excel's first line
 _BYTE_ORDER_MARKS = {  # that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -219,6 +219,7 @@ class Row(NamedTuple):
 
 def _from_csv(name: str, text: str, columns: Columns, notes: list[str]) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts beyond 131,072 characters
+    columns = columns._replace(text=spelled(columns.text), label=spelled(columns.label))
     lines, delimiter = _lines(text), ""
     if lines and (chosen := _SEPARATOR_LINE.fullmatch(lines[0])):
         delimiter, lines[0] = chosen[1], "\n"  # an empty line, so that the others keep their numbers
@@ -523,8 +524,8 @@ def _frame(records: Iterable[Record], notes: list[str]) -> pd.DataFrame:
     """The rows as `read_texts` returns them; notes may still grow while the records are read."""
     rows, respelled = [], Counter()
     for record in records:
-        label = as_label(record)
-        rows.append((as_text(record), label, record.place))
+        text, label = as_text(record), as_label(record)
+        rows.append((text, label, record.place))
         if label is not None and isinstance(record.label, str) and record.label.strip() != label:
             respelled[record.label, label] += 1
     frame = pd.DataFrame(rows, columns=["text", "label", "place"], dtype=object)

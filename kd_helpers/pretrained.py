@@ -140,8 +140,10 @@ def file_of(path: str, file: str) -> Path | None:
     if Path(path).is_dir():
         return Path(path, file) if Path(path, file).is_file() else None
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = cached_file(path, file, **lenient)
-    return None if found is None else Path(found)
+    with contextlib.suppress(OSError):  # no name that the hub has; what loads the model says so
+        found = cached_file(path, file, **lenient)
+        return None if found is None else Path(found)
+    return None
 
 
 # The tokenizer
@@ -188,14 +190,18 @@ def require_tokenizer_files(name: str, path: str, tokenizer: PreTrainedTokenizer
     Raises:
         ValueError: files are missing; they are named.
     """
-    wanted = VOCABULARIES if tokenizer is None else _vocabulary_files(tokenizer)
+    if tokenizer is None:
+        wanted = ("vocab.json", "merges.txt") if file_of(path, "vocab.json") else VOCABULARIES
+    else:
+        wanted = _vocabulary_files(tokenizer)
     whole = (TOKENIZER, "tekken.json")  # each of them is a tokenizer by itself
     there = [file for file in dict.fromkeys([*whole, *wanted]) if file_of(path, file)]
     lacking = [file for file in wanted if file not in there]
     merges = [file for file in lacking if file.startswith("merges")]
     if not wanted or set(whole) & set(there) or (len(lacking) < len(wanted) and not merges):
         return
-    made = "" if tokenizer is None else f", or {' and '.join(lacking)} for a {type(tokenizer).__name__},"
+    kind = "" if tokenizer is None else f" for a {type(tokenizer).__name__}"
+    made = f", or {' and '.join(lacking)}{kind}," if kind or merges else ""
     raise ValueError(
         f"{name!r} has no tokenizer ({TOKENIZER}{made} is missing); save the one that belongs to the model beside "
         f"it: AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained({name!r})."
@@ -287,7 +293,8 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 def head_weights(model: PreTrainedModel) -> set[str]:
     """The names of the weights beside the encoder's: those of the classification head."""
-    return {name for name, _ in model.named_parameters() if not name.startswith(base_prefix(model))}
+    every = model.named_parameters(remove_duplicate=False)  # a head may share weights, under names of its own
+    return {name for name, _ in every if not name.startswith(base_prefix(model))}
 
 
 def output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
@@ -329,10 +336,10 @@ def require_encoder(name: str, model: PreTrainedModel, report: Mapping[str, Coll
     if missing:
         if prefix := _prefix(missing, unknown):
             wrapper = _WRAPPERS.get(prefix, "some program")
-            again = f"{type(model).__name__}.from_pretrained({name!r}, key_mapping={{'^{re.escape(prefix)}': ''}})"
+            renamed = f"{{name.removeprefix({prefix!r}): tensor for name, tensor in load_file(FILE).items()}}"
             raise ValueError(
-                f"the weights of {name!r} were saved by {wrapper} under other names, which begin with {prefix!r}; save "
-                f"them anew: {again}.save_pretrained(FOLDER)."
+                f"the weights of {name!r} were saved by {wrapper} under other names, which begin with {prefix!r}; "
+                f"rename them with safetensors.torch: save_file({renamed}, FILE, {{'format': 'pt'}})."
             )
         every = sum(1 for _ in model.named_parameters())
         left = f"; what it has instead: {some(unknown)}" if unknown else ""
@@ -376,7 +383,7 @@ def _without_numbers(key: str) -> str:
     return re.sub(r"\d+", "#", key)
 
 
-def some(names: Sequence[str], shown: int = 3) -> str:
+def some(names: Sequence[str], shown: int = 2) -> str:
     """A few names, and how many more there are."""
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_helpers import artifacts
 from kd_helpers.data import evaluation_batches
 from kd_helpers.losses import IGNORE_INDEX
-from kd_helpers.models import teacher_forward, weights_digest
+from kd_helpers.models import model_digest, teacher_forward
 from kd_helpers.provenance import made_by
 
 ROWS = 1024  # texts held in memory at a time
@@ -74,7 +74,7 @@ def cache_shards(
     process, processes = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     provenance = {
         **made_by("kd_helpers.shards"),
-        "teacher": weights_digest(teacher),
+        "teacher": model_digest(teacher),
         "vocabulary": artifacts.fingerprint(tokenizer.get_vocab()),
         "max_length": max_length,
         "precision": str(precision),

@@ -98,6 +98,10 @@ class DistillationTrainer(Trainer):
         self.teacher_has_own_tokens = any(_is_teacher_input(name) for name in columns)
         if columns and not self.teacher_has_own_tokens:
             self._require_shared_vocabulary()
+        if args.device.type == "cpu":
+            # Of several processes on a CPU it is "cpu:0", as which torch can't load the optimiser's state, and older
+            # versions of transformers make it try.
+            args.__dict__["_setup_devices"] = torch.device("cpu")
         if isinstance(texts, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # The first process would read for all of them, and could not put batches of different lengths together.
             args.accelerator_config.dispatch_batches = False

@@ -15,18 +15,22 @@ import pytest
 import torch
 from support.architectures import KINDS, tiny, without_dropout
 from support.runs import same_run
+from support.trainer import arguments
 from torch.testing import assert_close
 from transformers import pipeline
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, evaluation_batches, tokenize, training_batches
 from kd_helpers.loop import classifier_loss, fit, recipe
+from kd_helpers.losses import distillation_loss
 from kd_helpers.models import (
     freeze,
     load_classifier,
     load_student,
     load_teacher,
     load_tokenizer,
+    match_tokenizer,
+    model_inputs,
     save_model,
     teacher_forward,
     warn_if_swapped,
@@ -34,6 +38,7 @@ from kd_helpers.models import (
 from kd_helpers.resolve import resolve
 from kd_helpers.runs import distill, load_run
 from kd_helpers.teacher import fine_tuned_teacher, load_teacher_logits
+from kd_helpers.trainer import DistillationTrainer, TeacherStudentCollator, with_teacher_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher is at chance level", "ignore:the student .* has")
 
@@ -127,7 +132,7 @@ def run_all_the_way(config: DistillConfig, kind: str) -> None:
     classify = pipeline("text-classification", str(run.folder / "student"), top_k=None, device="cpu")
     wanted = run.predictions.logits.softmax(dim=-1)
     for text, scores in zip(DATA.test["text"], wanted, strict=True):
-        said = {answer["label"]: answer["score"] for answer in classify(text)}
+        said = {answer["label"]: answer["score"] for answer in classify([text])[0]}
         assert said.keys() == set(LABELS)
         assert sum(said.values()) == pytest.approx(1, abs=1e-5)
         if kind not in PADDING_MATTERS:
@@ -211,6 +216,51 @@ def test_every_kind_as_it_is_gives_its_own_logits(kind, checkpoints):
     batches = evaluation_batches(tokenize(DATA.student_train, tokenizer, config.max_length), tokenizer)
     for batch in batches:
         assert_close(cached.lookup(batch["id"]), teacher_forward(teacher, batch, torch.float32), rtol=1e-5, atol=1e-5)
+
+
+def trainer_loss(kind: str, folder: Path, out: Path) -> None:
+    """One step of the Trainer with an online teacher of another vocabulary, against the loss by its formula."""
+    tokenizers = [load_tokenizer(str(folder / name)) for name in (kind, "camembert")]
+    loaded = [load_classifier(str(folder / name), LABELS, seed=0) for name in (kind, "camembert")]
+    student, teacher = without_dropout(loaded[0]), freeze(loaded[1])
+    for model, tokenizer in zip((student, teacher), tokenizers, strict=True):
+        match_tokenizer(model, tokenizer, 48, kind)
+    own = [tokenize(DATA.train, tokenizer, 48) for tokenizer in tokenizers]
+    texts, collate = with_teacher_tokens(*own), TeacherStudentCollator(*tokenizers)
+    batch = collate([{name: text[name] for name in text if name not in ("id", "length")} for text in texts])
+    read = {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")}
+    with torch.no_grad():
+        wanted = distillation_loss(
+            student.train()(**model_inputs(student, batch)).logits,
+            teacher_forward(teacher, read),
+            batch["labels"],
+            temperature=3.0,
+            alpha=0.7,
+        )
+    trainer = DistillationTrainer(
+        student,
+        arguments(out, per_device_train_batch_size=len(texts), max_steps=1),
+        teacher_model=teacher,
+        temperature=3.0,
+        alpha=0.7,
+        train_dataset=texts,
+        data_collator=collate,
+    )
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["loss"] == pytest.approx(float(wanted.total), rel=1e-4)
+    assert entry["soft_loss"] == pytest.approx(float(wanted.soft), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", LEAN_IN_MANY_WAYS)
+def test_the_trainer_gives_each_model_its_own_tokens(kind, checkpoints, tmp_path):
+    trainer_loss(kind, checkpoints, tmp_path)
+
+
+@pytest.mark.longer
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(LEAN_IN_MANY_WAYS)))
+def test_the_trainer_gives_each_model_of_the_other_kinds_its_own_tokens(kind, checkpoints, tmp_path):
+    trainer_loss(kind, checkpoints, tmp_path)
 
 
 CROSS = [*itertools.pairwise(KINDS), *((KINDS[-1 - index], kind) for index, kind in enumerate(KINDS[::4]))]

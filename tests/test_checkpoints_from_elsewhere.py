@@ -5,11 +5,11 @@ Everything is tried with tiny models of the real shapes; the sentences are those
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib.util
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertTokenizer,
     PreTrainedModel,
@@ -83,7 +82,8 @@ def sentence_of(call: Callable[[], object], error: type[Exception] = ValueError)
         call()
     sentence = str(caught.value)
     assert "\n" not in sentence
-    assert len(sentence) <= LONGEST_SENTENCE, sentence
+    as_read = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^'\" ]*/", "", sentence)  # the tests' folders are deep
+    assert len(as_read) <= LONGEST_SENTENCE, as_read
     assert sentence.endswith(".")
     return sentence
 
@@ -124,7 +124,8 @@ def test_the_missing_files_of_a_tokenizer_are_named(tmp_path, monkeypatch):
     (folder / "vocab.txt").write_text("\n".join(vocabulary))  # a file of another kind is no help
     assert "vocab.json and merges.txt" in sentence_of(lambda: load_tokenizer("checkpoint-500"))
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    assert "merges.txt" in sentence_of(lambda: load_tokenizer("checkpoint-500"))
+    sentence = sentence_of(lambda: load_tokenizer("checkpoint-500"))
+    assert "'checkpoint-500' has no tokenizer (tokenizer.json, or merges.txt, is missing); save" in sentence
 
 
 def test_a_run_with_such_a_folder_ends_at_once(tmp_path, own_artifacts, small_data, capsys):
@@ -214,8 +215,8 @@ def test_weights_under_a_prefix_are_refused_and_the_remedy_works(tmp_path, prefi
     rename(folder, lambda name: prefix + name)
     sentence = sentence_of(lambda: load_classifier(str(folder), NAMES, seed=0))
     assert f"begin with {prefix!r}" in sentence
-    mapping = ast.literal_eval(re.search(r"key_mapping=(\{.*\})\)\.save_pretrained\(FOLDER\)", sentence)[1])
-    AutoModelForSequenceClassification.from_pretrained(folder, key_mapping=mapping).save_pretrained(folder)
+    remedy = re.search(r"rename them with safetensors\.torch: (save_file\(.*\))\.$", sentence)[1]
+    eval(remedy, vars(safetensors.torch) | {"FILE": folder / "model.safetensors"})
     repaired = load_classifier(str(folder), NAMES, seed=0).state_dict()
     assert all(torch.equal(repaired[name], value) for name, value in wanted.items())
 
@@ -224,9 +225,10 @@ def test_an_encoder_of_other_names_is_refused_with_what_is_missing_and_what_is_t
     monkeypatch.chdir(tmp_path)
     rename(saved(Path("model")), lambda name: name.replace("bert.", "backbone.net."))
     assert sentence_of(lambda: load_classifier("model", NAMES, seed=0)) == (
-        "'model' lacks 39 of the 41 weights of a BertForSequenceClassification (bert.embeddings.LayerNorm.bias, "
-        "bert.embeddings.LayerNorm.weight, bert.embeddings.position_embeddings.weight and 36 more). Take a checkpoint "
-        "that is whole and of the kind that config.json names."
+        "'model' lacks 37 of the 41 weights of a BertForSequenceClassification (bert.embeddings.LayerNorm.bias, "
+        "bert.embeddings.LayerNorm.weight and 35 more); what it has instead: backbone.net.embeddings.LayerNorm.bias, "
+        "backbone.net.embeddings.LayerNorm.weight and 37 more. Take a checkpoint that is whole and of the kind that "
+        "config.json names."
     )
 
 
@@ -258,16 +260,17 @@ def test_more_layers_than_the_configuration_says_are_refused(tmp_path, prefix):
     sentence = sentence_of(lambda: load_classifier(str(folder), NAMES, seed=0))
     assert "has more layers than its config.json says" in sentence
     assert "encoder.layer.1.attention.output.LayerNorm.bias" in sentence
-    assert "and 13 more" in sentence
+    assert "and 14 more" in sentence
     edit(folder / "config.json", num_hidden_layers=3)
     assert "lacks 16 of the 57 weights" in sentence_of(lambda: load_classifier(str(folder), NAMES, seed=0))
 
 
 def test_a_configuration_of_other_shapes_is_refused(tmp_path):
     folder = saved(tmp_path / "model")
+    rows = tiny("bert")[0].config.vocab_size
     edit(folder / "config.json", vocab_size=99)
     sentence = sentence_of(lambda: load_classifier(str(folder), NAMES, seed=0))
-    assert "bert.embeddings.word_embeddings.weight has the shape (130, 16), it says (99, 16)" in sentence
+    assert f"bert.embeddings.word_embeddings.weight has the shape ({rows}, 16), it says (99, 16)" in sentence
 
 
 def test_a_head_with_other_outputs_than_labels_is_refused(tmp_path):
@@ -337,6 +340,8 @@ ENCODERS = [
 def test_encoders_with_any_head_or_none_are_loaded_with_a_fresh_one(tmp_path, kind, head):
     """Whatever head it has, the encoder is the checkpoint's, and the fresh head follows from the seed."""
     classifier, tokenizer = tiny(kind, ("O", "person", "place"))
+    if head is AutoModelForQuestionAnswering:
+        classifier.config.num_labels = 2  # where an answer begins and ends
     with torch.random.fork_rng():
         torch.manual_seed(7)
         checkpoint = head.from_config(classifier.config)
@@ -384,7 +389,7 @@ def test_the_packaged_model_is_loaded_whole():
 
 def test_some_names_and_how_many_more():
     assert some(["a", "b"]) == "a, b"
-    assert some([*"abcdefg"]) == "a, b, c and 4 more"
+    assert some([*"abcdefg"]) == "a, b and 5 more"
 
 
 # 4: a folder that was edited
@@ -505,7 +510,7 @@ def test_a_student_says_that_a_text_has_one_label(tmp_path, own_artifacts, small
     assert stored["problem_type"] == "single_label_classification"
     classify = pipeline("text-classification", str(run.folder / "student"), top_k=None, device="cpu")
     for text in small_data.test["text"][:5]:
-        assert sum(answer["score"] for answer in classify(text)) == pytest.approx(1, abs=1e-5)
+        assert sum(answer["score"] for answer in classify([text])[0]) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
@@ -522,10 +527,12 @@ def test_a_teacher_for_several_labels_teaches_only_once_it_is_fine_tuned(
     assert run.student.config.problem_type == "single_label_classification"
 
 
-def test_a_problem_type_that_does_not_exist_is_one_sentence(tmp_path):
+def test_a_problem_type_that_does_not_exist_teaches_nothing(tmp_path, own_artifacts, small_data):
     folder = saved(tmp_path / "model")
     edit(folder / "config.json", problem_type="sentiment")
-    assert "config.json of" in sentence_of(lambda: load_classifier(str(folder), NAMES, seed=0))
+    assert load_classifier(str(folder), NAMES, seed=0).config.problem_type == "single_label_classification"
+    config = small(teacher_checkpoint=str(folder), student_checkpoint=str(saved(tmp_path / "student")))
+    assert "was trained for sentiment, so" in sentence_of(lambda: distill(config, data=small_data))
 
 
 # 11: what pads
@@ -581,10 +588,9 @@ def test_a_decoder_learns_what_its_tokenizer_pads_with(tmp_path):
 
 def test_a_tokenizer_without_any_token_to_pad_with_is_refused(tmp_path):
     folder = saved(tmp_path / "model")
-    words = hub_cache.word_tokenizer(["good", "day"])
-    words.pad_token = None
-    words.save_pretrained(folder)
-    edit(folder / "config.json", pad_token_id=None)
+    hub_cache.word_tokenizer(["good", "day"]).save_pretrained(folder)
+    edit(folder / "tokenizer_config.json", pad_token=None)
+    edit(folder / "config.json", pad_token_id=2)  # the word good
     assert "has no padding token" in sentence_of(lambda: load_tokenizer(str(folder)))
 
 
@@ -660,7 +666,8 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def in_peft(model: torch.nn.Module) -> torch.nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft  # slow to load
+
     return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
 
 
@@ -700,7 +707,8 @@ def test_a_wrapper_around_something_else_is_refused():
 
 def adapter(folder: Path, base: Path, *, labels: bool = True) -> Path:
     """The files that peft writes for a LoRA adapter of two matrices with a trained head."""
-    peft = pytest.importorskip("peft")
+    import peft  # slow to load
+
     model, tokenizer = load_classifier(str(base), NAMES, seed=3), load_tokenizer(str(base))
     settings = {"r": 2, "lora_alpha": 4, "target_modules": ["query"], "init_lora_weights": False}
     torch.manual_seed(5)
@@ -742,7 +750,8 @@ def test_a_model_and_an_adapter_in_one_folder_are_refused(tmp_path):
 
 
 def test_an_adapter_is_merged_and_teaches(tmp_path, own_artifacts, small_data):
-    peft = pytest.importorskip("peft")
+    import peft  # slow to load
+
     base = saved(tmp_path / "base")
     edit(base / "config.json", architectures=["BertModel"], id2label=None, label2id=None)
     rename(base, lambda name: None if "classifier" in name else name)
@@ -772,4 +781,6 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, own_artifacts):
     folder = adapter(tmp_path / "adapter", saved(tmp_path / "base"))
     other = saved(tmp_path / "other", hidden_size=32)
     edit(folder / "adapter_config.json", base_model_name_or_path=str(other))
-    assert "does not fit" in sentence_of(lambda: load_classifier(str(folder), NAMES, seed=0))
+    sentence = sentence_of(lambda: load_classifier(str(folder), NAMES, seed=0))
+    assert "can't be merged into" in sentence
+    assert "check its base model" in sentence

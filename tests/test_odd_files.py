@@ -156,7 +156,7 @@ FILES = [
     Odd(
         "UTF-16 that was cut",
         csv().encode("utf-16")[:-1],
-        "a.csv, line 26: the file is not UTF-16; save it as UTF-8.",
+        "a.csv, line 25: the file is not UTF-16; save it as UTF-8.",
     ),
     Odd(
         "NUL in a text",
@@ -247,8 +247,13 @@ SHAPES = [
     Odd("a separator at the end of every line", csv().replace("\n", ",\n"), ROWS),
     Odd(
         "spaces around the separators",
-        csv(mark=" , ", header="text , label", more=['"a, b" , good']),
+        csv(mark=" , ", header="text , label", more=['"a, b", good']),
         {**ROWS, "a, b": "good"},
+    ),
+    Odd(
+        "a space behind a closing quotation mark",
+        csv(more=['"a, b" , good']),
+        "a.csv, line 26: ',' expected after '\"'; check the quotes from this line on.",
     ),
     Odd("a byte order mark twice", "\ufeff\ufeff" + csv(), ROWS),
     Odd("vertical bars", csv(mark="|", header="text|label"), ROWS),
@@ -410,7 +415,7 @@ JSON = [
     Odd(
         "one object of columns",
         json.dumps({"text": TEXTS, "label": list(ROWS.values())}),
-        "a.json, line 1: ['review number 0', 'review number 1', 'review … is no text; give text, or name the right "
+        "a.json, line 1: ['review number 0', 'review number 1', 'revie … is no text; give text, or name the right "
         "text_column.",
         "a.json",
     ),
@@ -546,7 +551,7 @@ NAMES = [
         "two Unicode forms of one name",
         csv(labelled([*CAFE, "bar"])),
         labelled([CAFE[0], CAFE[0], "bar"]),
-        notes=("train, labels whose spaces or Unicode characters are made alike: 8, as 'café' to 'café'",),
+        notes=(f"train, labels whose spaces or Unicode characters are made alike: 8, as {CAFE[1]!r} to {CAFE[0]!r}",),
     ),
     Odd(
         "no-break and double spaces",

@@ -143,7 +143,7 @@ def test_a_text_that_swallowed_others_is_refused(write):
 def test_a_text_that_may_have_swallowed_others_is_seen_in_the_notes(write):
     lines = "\n".join(f"this is line {i} of a letter" for i in range(20, 30))
     notes = load(write(csv(REVIEWS[:20]) + f'"{lines}",good\n')).notes
-    assert "train, rows read: 21, the longest text has 269 characters (reviews.csv, line 22)" in notes
+    assert "train, rows read: 21, the longest text has 279 characters (reviews.csv, line 22)" in notes
     assert "train, rows that span several lines: 1, the longest reviews.csv, lines 22 to 31" in notes
 
 

@@ -26,7 +26,17 @@ REST = sorted({*PACKAGE.rglob("*.py")} - {*LIBRARY})
 # ipykernel runs the notebooks; nothing imports it.
 NEVER_IMPORTED = {"ipykernel"}
 # What the library must do without, save what its own dependencies bring: scikit-learn joblib, accelerate psutil.
-ABSENT = ("papermill", "nbconvert", "nbformat", "nbclient", "ipywidgets", "matplotlib", "IPython", "latex2mathml")
+ABSENT = (
+    "peft",
+    "papermill",
+    "nbconvert",
+    "nbformat",
+    "nbclient",
+    "ipywidgets",
+    "matplotlib",
+    "IPython",
+    "latex2mathml",
+)
 
 DISTIL = """
 from kd_helpers import DistillConfig, distill
@@ -77,11 +87,11 @@ def texts(paths: Iterable[Path]) -> list[str]:
 
 
 def test_the_base_dependencies_are_what_library_and_methods_import():
-    assert imported(texts(LIBRARY)) == names("")
+    assert imported(texts(LIBRARY)) == names("", "adapters")
 
 
 def test_the_extra_for_the_course_is_what_the_rest_imports_beside_that():
-    assert imported(texts(REST)) - names("") == names("course") - NEVER_IMPORTED
+    assert imported(texts(REST)) - names("", "adapters") == names("course") - NEVER_IMPORTED
 
 
 def test_the_notebooks_import_nothing_else():

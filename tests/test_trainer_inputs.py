@@ -296,7 +296,8 @@ def test_a_teacher_in_a_wrapper_reads_all_its_inputs(tmp_path, raw, student, tok
 
 
 def test_adapters_are_trained(tmp_path, cached, student, tokenizers):
-    peft = pytest.importorskip("peft")
+    import peft  # slow to load
+
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
     texts = cached.map(lambda row: {"token_type_ids": [1] * len(row["input_ids"])})
     read = []

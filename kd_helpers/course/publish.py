@@ -61,7 +61,8 @@ def navigation(path: Path) -> str:
 def setup() -> str:
     """The source of the cell tagged `setup`: installs on Colab only, and nothing that would replace what is there.
 
-    With `--no-deps` pip changes no other installed package.
+    With `--no-deps` pip changes no other installed package. It does not look at them either, so the cell does: what the
+    package declares is in its metadata.
     """
     repository, ref = published()
     requirements = (notebooks.ROOT / "requirements.txt").read_text(encoding="utf-8")
@@ -69,6 +70,7 @@ def setup() -> str:
     lacking = " ".join(pinned.get(name, name) for name in COLAB_LACKS)
     return "\n".join(
         [
+            "import importlib.metadata",
             "import importlib.util",
             "import sys",
             "",
@@ -77,6 +79,16 @@ def setup() -> str:
             '        raise ModuleNotFoundError("kd_helpers is missing: run `pip install -e .` in the checkout")',
             f'    %pip install --quiet --no-deps "kd-helpers @ git+https://github.com/{repository}@{ref}"',
             f"    %pip install --quiet --no-deps {lacking}",
+            "    from packaging.requirements import Requirement",
+            "",
+            '    for needed in map(Requirement, importlib.metadata.requires("kd-helpers")):',
+            "        if needed.marker is None:",
+            "            found = importlib.metadata.version(needed.name)",
+            "            if not needed.specifier.contains(found, prereleases=True):",
+            "                raise ImportError(",
+            '                    f"{needed.name} is {found}, and the course needs {needed.specifier}: run "',
+            """                    f"`%pip install '{needed}'` in a new cell, then restart the session" """.rstrip(),
+            "                )",
         ]
     )
 

@@ -46,6 +46,7 @@ QUIET = ("--IPKernelApp.log_level=CRITICAL",)
 OUTPUT = "output_dir"  # the parameter through which a notebook is told where its metrics.json goes
 BEST = "validation_accuracy"  # what the progress bar shows the best of: choices are made on validation
 SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}  # where a notebook names none
 ABOUT_THE_RUN = ("wall_seconds", "threads", "ended", "error", "run")  # the table's last columns
 
 Parameters = dict[str, Any]
@@ -92,6 +93,7 @@ def read_notebook(path: str | Path) -> Notebook:
         nbformat.validate(source)
     except Exception as error:  # nbformat has one of its own for every way a file can be wrong
         raise ValueError(f"{path} is no notebook; give the path of an .ipynb file.") from error
+    source.metadata.setdefault("kernelspec", KERNEL)  # programs that strip outputs may strip this, too
     code = [cell.source for cell in source.cells if cell.cell_type == "code"]
     tagged = [cell.source for cell in source.cells if "parameters" in cell.metadata.get("tags", [])]
     types, defaults = declared_parameters("\n".join(tagged), path.name)

@@ -23,7 +23,7 @@ from kd_helpers import artifacts
 from kd_helpers.config import require_whole
 from kd_helpers.data import DataSplits, duplicate_key, text_id
 from kd_helpers.losses import IGNORE_INDEX
-from kd_helpers.models import weights_digest
+from kd_helpers.models import model_digest
 from kd_helpers.provenance import made_by
 from kd_helpers.runtime import autocast
 
@@ -212,7 +212,7 @@ def augmented_texts(
         "texts": texts,
         "vocabulary": artifacts.fingerprint(tokenizer.get_vocab()),
         "taken": sorted(taken),
-        "language": weights_digest(language),
+        "language": model_digest(language),
         "copies": copies,
         "probability": probability,
         "count": count,

@@ -26,11 +26,11 @@ from kd_helpers.models import (
     Batch,
     copy_layers,
     load_teacher,
+    model_digest,
     model_inputs,
     random_like,
     require_eval_mode,
     require_teacher_and_student,
-    weights_digest,
 )
 from kd_helpers.resolve import Setup
 
@@ -195,7 +195,7 @@ def distill_layers(
         projections = Projections(student.config.hidden_size, teacher.config.hidden_size).to(setup.device)
     memory = {} if memory is None else memory
     # What makes two batches the same to a student, beside their token ids.
-    shared = (weights_digest(teacher), tuple(mapping), str(setup.precision))
+    shared = (model_digest(teacher), tuple(mapping), str(setup.precision))
 
     def loss_of(batch: Batch) -> LayerLosses:
         key = (*shared, batch["input_ids"].shape, batch["input_ids"].numpy().tobytes())
