@@ -117,7 +117,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "Colab and Binder then open that repository at that tag.",
     )
     publishing.add_argument("repository", metavar="OWNER/NAME", help="the repository on GitHub")
-    publishing.add_argument("ref", metavar="TAG", help="a tag such as v0.5.0, a branch or a commit")
+    publishing.add_argument("ref", metavar="TAG", help="a tag such as v0.6.0, a branch or a commit")
     return parser
 
 
