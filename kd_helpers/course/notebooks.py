@@ -47,6 +47,11 @@ def tags(cell: NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
+def is_folded(cell: NotebookNode) -> bool:
+    """Whether a cell serves rather than teaches: it begins with a title, and its code is folded everywhere."""
+    return cell.cell_type == "code" and cell.source.startswith("# @title ")
+
+
 def without_bars(notebook: NotebookNode) -> NotebookNode:
     """Remove, in place, what has no meaning without a kernel: progress bars, widget state, clocks and paths."""
     notebook.metadata.pop("widgets", None)

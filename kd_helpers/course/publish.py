@@ -15,7 +15,8 @@ from nbformat import NotebookNode
 from kd_helpers import artifacts
 from kd_helpers.course import notebooks
 from kd_helpers.course.blocks import write_block
-from kd_helpers.course.notebooks import notebook_paths, tags, title
+from kd_helpers.course.notebooks import is_folded, notebook_paths, tags, title
+from kd_helpers.course.numbers import fill
 
 # What GitHub allows in the names of an owner and of a repository; of what git allows in a tag or a branch, the
 # characters that need no quoting in a shell or a notebook.
@@ -70,6 +71,7 @@ def setup() -> str:
     lacking = " ".join(pinned.get(name, name) for name in COLAB_LACKS)
     return "\n".join(
         [
+            "# @title Set-up: on Colab, this installs the course's package",
             "import importlib.metadata",
             "import importlib.util",
             "import sys",
@@ -94,12 +96,17 @@ def setup() -> str:
 
 
 def refresh(notebook: NotebookNode, path: Path) -> None:
-    """Write the generated cells of a notebook anew, in place."""
+    """Write the generated cells of a notebook and the numbers in its text anew, and fold its titled cells, in place."""
     for cell in notebook.cells:
         if "navigation" in tags(cell):
             cell.source = navigation(path)
         if "setup" in tags(cell):
             cell.source = setup()
+        if cell.cell_type == "markdown":
+            cell.source = fill(cell.source)
+        elif is_folded(cell):
+            cell.metadata["cellView"] = "form"  # Colab
+            cell.metadata.setdefault("jupyter", {})["source_hidden"] = True  # JupyterLab
 
 
 def publish(repository: str, ref: str) -> None:

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from kd_helpers.course.notebooks import WIDGET, notebook_paths, tags
+from kd_helpers.course.notebooks import WIDGET, is_folded, notebook_paths, tags
+from kd_helpers.course.numbers import fill, without_marked
 from kd_helpers.course.publish import navigation, setup
 
 PATHS = notebook_paths()
@@ -117,17 +118,35 @@ def test_figures_have_a_description(path, notebook):
 
 
 def test_no_measured_number_is_typed(path, notebook):
-    """Results in prose are rendered from variables; what a paper reports and the times in the opening may be typed."""
+    """Results in prose carry a marker; what a paper reports and the times in the opening may be typed."""
     for cell in markdown_cells(notebook)[3:]:
-        for line in cell.source.splitlines():
+        for line in without_marked(cell.source).splitlines():
             assert QUOTED.search(line) or not MEASURED.search(line), line
 
 
-def test_cells_are_short(path, notebook):
-    assert 25 <= len(notebook.cells) <= 50
+def test_marked_numbers_are_those_of_the_stored_results(path, notebook):
+    for cell in markdown_cells(notebook):
+        assert cell.source == fill(cell.source)
+
+
+def test_code_that_serves_is_folded(path, notebook):
+    for cell in code_cells(notebook):
+        folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        assert folded == is_folded(cell), cell.source[:60]
+        assert (cell.metadata.get("cellView") == "form") == folded, cell.source[:60]
+
+
+def test_visible_code_is_short_and_narrow(path, notebook):
+    for cell in code_cells(notebook):
+        if not is_folded(cell):
+            lines = cell.source.splitlines()
+            assert len(lines) <= 25, cell.source[:60]
+            assert max(map(len, lines)) <= 88, max(lines, key=len)
+
+
+def test_text_between_code_is_short(path, notebook):
     words = sum(len(cell.source.split()) for cell in markdown_cells(notebook))
-    assert 800 <= words <= 1800
-    assert all(len(cell.source.splitlines()) <= 25 for cell in code_cells(notebook))
+    assert words >= 800
     body = notebook.cells[3 : next(i for i, cell in enumerate(notebook.cells) if "check" in tags(cell))]
     run = 0
     for cell in body:
