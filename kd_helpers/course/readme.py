@@ -1,4 +1,4 @@
-"""Tables and figures of the README, from what is stored: the chapters, the comparison and the benchmark."""
+"""Tables and figures of the README and of docs/, from what is stored: the chapters, the comparison, the benchmark."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from kd_helpers.course import notebooks, plots
 from kd_helpers.course.blocks import write_block
 from kd_helpers.course.costs import stored_costs
 from kd_helpers.course.notebooks import notebook_paths, question, title
+from kd_helpers.course.numbers import number
 from kd_helpers.experiments import benchmark, comparison
 
 RESULTS_FIGURE = "kd_helpers/experiments/results/comparison.png"
@@ -32,15 +33,20 @@ MODULES: dict[str, tuple[str, ...]] = {
 
 
 def readme_notebooks() -> str:
-    """The README's table of chapters: question, modules, and what each cost when it was stored."""
+    """The README's table of chapters and their questions."""
+    rows = [f"| [{title(path)}](notebooks/{path.name}) | {question(path)} |" for path in notebook_paths()]
+    return "\n".join(["| chapter | question |", "|---|---|", *rows])
+
+
+def chapters_table() -> str:
+    """The table of chapters for contributors: modules, and what each chapter cost when it was stored."""
     costs, rows = stored_costs(), []
     for path in notebook_paths():
         cost = costs.get(path.stem)
         spent = f"{_duration(cost['seconds'])} | {cost['peak_megabytes']:,.0f}" if cost else " | "
-        link = f"[{title(path)}](notebooks/{path.name})"
         modules = ", ".join(f"`{name}`" for name in MODULES[path.name[:2]])
-        rows.append(f"| {link} | {question(path)} | {modules} | {spent} |")
-    header = ["| notebook | question | module | time | MB |", "|---|---|---|---|---|"]
+        rows.append(f"| [{title(path)}](../notebooks/{path.name}) | {modules} | {spent} |")
+    header = ["| chapter | modules | time | MB |", "|---|---|---|---|"]
     return "\n".join([*header, *rows, *_about_costs(costs)])
 
 
@@ -52,12 +58,12 @@ def _about_costs(costs: dict[str, Any]) -> list[str]:
     dates = sorted({one["date"] for one in made})
     machines = sorted({f"torch {one['torch']}, threads: {one['threads']}" for one in made})
     lines = [
-        "Time, and the most memory that a notebook's processes held at once, when it was stored "
+        "Time is that of one execution, MB the most memory that its processes held at once "
         f"({'; '.join([*machines, ' to '.join(dict.fromkeys((dates[0], dates[-1])))])}). "
         f"Binder gives {BINDER_MEGABYTES:,.0f} MB, of which JupyterLab itself takes some.",
     ]
     if makers := [name[:2] for name, cost in costs.items() if cost["teachers_made"]]:
-        lines.append(f"Fine-tuning a teacher is in the time of {' and '.join(makers)}; the others found it.")
+        lines.append(f"The time of {' and '.join(makers)} includes the fine-tuning of a teacher; the others found it.")
     return ["", *lines]
 
 
@@ -67,7 +73,25 @@ def _duration(seconds: float) -> str:
 
 
 def readme_results() -> str:
-    """The README's table of results, from the stored comparison."""
+    """The README's sentence on the results."""
+    config = comparison.stored_comparison()["choices"]["config"]
+
+    def gain(arm: str, *interval: str) -> str:
+        return number(", ".join((f"comparison: {arm} - {comparison.BASELINE}, accuracy", *interval)))
+
+    return (
+        f"On these tweets, after {config['max_steps']:,} optimiser steps, the student of a fine-tuned teacher is "
+        f"**{gain('tuned_teacher')}** more accurate than the same student trained on the labels alone (95% interval "
+        f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the teacher also "
+        f"labels {config['transfer_size']:,} further tweets. For comparison: label smoothing changes the accuracy by "
+        f"{gain('label_smoothing')}, a teacher that was not fine-tuned by {gain('untuned_teacher')}, and four times as "
+        f"many labels by {gain('more_labels')}. All arms have the same number of steps and the same first weights. "
+        "[All results](docs/results.md)."
+    )
+
+
+def results_table() -> str:
+    """The full table of results, from the stored comparison."""
     stored = comparison.stored_comparison()
     made, config, teacher = stored["made_with"], stored["choices"]["config"], stored["teachers"]["tuned"]
     table = [
@@ -98,8 +122,8 @@ def readme_results() -> str:
     return "\n".join([*table, "", *notes])
 
 
-def readme_benchmark() -> str:
-    """The README's tables of speed, from the stored benchmark."""
+def benchmark_tables() -> str:
+    """The tables of speed, from the stored benchmark."""
     stored = benchmark.stored_benchmark()
     made, config, seconds = stored["made_with"], stored["config"], stored["compile"]
     table, rounds = benchmark.ways_table(stored), len({row["round"] for row in stored["ways"]})
@@ -145,12 +169,19 @@ def readme_benchmark() -> str:
 
 
 def write_readme() -> None:
-    """Put the chapters, the stored comparison and the stored benchmark into the README, as tables and figures."""
+    """Put the chapters, the stored comparison and the stored benchmark into the README and docs/."""
     plots.use_course_style()
     figure, alt = plots.arms_figure(comparison.stored_comparison())
     figure.savefig(notebooks.ROOT / RESULTS_FIGURE, dpi=110)
     speed, speed_alt = plots.benchmark_figure(benchmark.ways_table(benchmark.stored_benchmark()))
     speed.savefig(notebooks.ROOT / BENCHMARK_FIGURE, dpi=110)
-    write_block("notebooks", readme_notebooks())
-    write_block("results", f"![{alt}]({RESULTS_FIGURE})\n\n{readme_results()}")
-    write_block("benchmark", f"![{speed_alt}]({BENCHMARK_FIGURE})\n\n{readme_benchmark()}")
+    write_block("notebooks", readme_notebooks(), by="notebooks")
+    write_block("chapters", chapters_table(), by="notebooks", page="docs/contributing.md")
+    write_block("results", f"![{alt}]({RESULTS_FIGURE})\n\n{readme_results()}", by="results")
+    write_block("table", results_table(), by="results", page="docs/results.md")
+    write_block(
+        "benchmark",
+        f"![{speed_alt}](../{BENCHMARK_FIGURE})\n\n{benchmark_tables()}",
+        by="benchmark",
+        page="docs/speed.md",
+    )
