@@ -23,9 +23,9 @@ KERNEL = {"kernelspec": {"name": "python3", "language": "python", "display_name"
 OURS = ("pyproject.toml", "requirements.txt", "README.md")
 
 
-def block(name: str, command: str) -> str:
-    """What stands in the README between the marks of that name."""
-    text = (notebooks.ROOT / "README.md").read_text(encoding="utf-8")
+def block(name: str, command: str, page: str = "README.md") -> str:
+    """What stands in a page between the marks of that name."""
+    text = (notebooks.ROOT / page).read_text(encoding="utf-8")
     return text.split(f"<!-- {name}: written by `make {command}` -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
 
 
@@ -42,26 +42,38 @@ def copied_course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "figure"),
+    ("name", "page", "content", "figure"),
     [
-        ("results", readme.readme_results, readme.RESULTS_FIGURE),
-        ("benchmark", readme.readme_benchmark, readme.BENCHMARK_FIGURE),
+        ("results", "README.md", readme.readme_results, readme.RESULTS_FIGURE),
+        ("benchmark", "docs/speed.md", readme.benchmark_tables, f"../{readme.BENCHMARK_FIGURE}"),
     ],
 )
-def test_readme_shows_what_is_stored(name, content, figure):
-    assert content() in block(name, name)
-    assert f"]({figure})" in block(name, name)
-    assert (notebooks.ROOT / figure).exists()
+def test_readme_and_docs_show_what_is_stored(name, page, content, figure):
+    assert content() in block(name, name, page)
+    assert f"]({figure})" in block(name, name, page)
+    assert (notebooks.ROOT / page).parent.joinpath(figure).exists()
 
 
-def test_readme_shows_the_notebooks_and_their_costs():
+def test_the_full_table_is_that_of_the_stored_comparison():
+    assert block("table", "results", "docs/results.md") == readme.results_table()
+
+
+def test_readme_shows_the_notebooks_and_their_questions():
     assert block("notebooks", "notebooks") == readme.readme_notebooks()
-    rows = readme.readme_notebooks().splitlines()[2:][: len(notebooks.notebook_paths())]
+    rows = readme.readme_notebooks().splitlines()[2:]
     for path, row in zip(notebooks.notebook_paths(), rows, strict=True):
-        link, question, module = (cell.strip() for cell in row.split("|")[1:4])
+        link, question = (cell.strip() for cell in row.split("|")[1:3])
         assert link == f"[{notebooks.title(path)}](notebooks/{path.name})"
         assert question.endswith("?")
-        assert module.startswith("`")
+
+
+def test_docs_show_the_modules_and_costs_of_the_notebooks():
+    assert block("chapters", "notebooks", "docs/contributing.md") == readme.chapters_table()
+    rows = readme.chapters_table().splitlines()[2:][: len(notebooks.notebook_paths())]
+    for path, row in zip(notebooks.notebook_paths(), rows, strict=True):
+        link, modules = (cell.strip() for cell in row.split("|")[1:3])
+        assert link == f"[{notebooks.title(path)}](../notebooks/{path.name})"
+        assert modules.startswith("`")
 
 
 def test_every_chapter_names_its_modules_and_they_exist():
@@ -74,8 +86,8 @@ def test_every_chapter_names_its_modules_and_they_exist():
 
 def test_costs_are_shown_and_gaps_stay_blank(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
-    assert "MB," not in readme.readme_notebooks()
-    assert all(row.endswith("|  |  |") for row in readme.readme_notebooks().splitlines()[2:])
+    assert "Binder" not in readme.chapters_table()
+    assert all(row.endswith("|  |  |") for row in readme.chapters_table().splitlines()[2:])
     cost = {"seconds": 150.04, "peak_megabytes": 1234.56, "teachers_made": 1}
     costs.store_cost("03_losses", cost)
     costs.store_cost("00_config", cost | {"teachers_made": 0})
@@ -84,10 +96,10 @@ def test_costs_are_shown_and_gaps_stay_blank(tmp_path, monkeypatch):
     stored = costs.stored_costs()["03_losses"]
     assert (stored["seconds"], stored["peak_megabytes"], stored["teachers_made"]) == (12.0, 1234.6, 1)
     assert {"torch", "date", "machine", "threads"} <= set(stored["made_with"])
-    shown = readme.readme_notebooks()
+    shown = readme.chapters_table()
     assert "| 12 s | 1,235 |" in shown
     assert "| 2.5 min | 1,235 |" in shown
-    assert "Fine-tuning a teacher is in the time of 03; the others found it." in shown
+    assert "The time of 03 includes the fine-tuning of a teacher; the others found it." in shown
     assert "Binder gives 2,147 MB" in shown
 
 
@@ -229,8 +241,9 @@ def test_the_setup_cell_says_what_to_do_elsewhere(monkeypatch):
         run_setup(has_helpers=False, on_colab=False, monkeypatch=monkeypatch)
 
 
-def test_readme_names_every_notebook_and_every_command():
-    text = (notebooks.ROOT / "README.md").read_text(encoding="utf-8")
+def test_readme_and_docs_name_every_notebook_and_commands_that_exist():
+    pages = [notebooks.ROOT / "README.md", *(notebooks.ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     for path in notebooks.notebook_paths():
         assert f"(notebooks/{path.name})" in text
     for name in re.findall(r"\]\((notebooks/[^)]+)\)", text):
