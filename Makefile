@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run site test coverage test-longer test-browser lint format notebooks results sweep study benchmark publish lab clean
+.PHONY: help run run-all site test coverage test-longer test-browser lint format notebooks results sweep study benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,8 +22,11 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(READY)
 
-run: $(READY) ## run every notebook, print the comparison, write artifacts/course/index.html
+run: $(READY) ## run the main chapters, print the comparison, write artifacts/course/index.html; eight minutes at most
 	$(BIN)/python -m kd_helpers course run
+
+run-all: $(READY) ## the same with every chapter, also the advanced ones
+	$(BIN)/python -m kd_helpers course run --all
 
 site: $(READY) ## write artifacts/site/index.html: the course as pages, from what is stored
 	$(BIN)/python -m kd_helpers course site
@@ -43,7 +46,7 @@ coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_help
 test-longer: $(READY) ## the stored results made again in part, every chapter with own texts and the hub's models; half an hour
 	$(PYTEST) --dist worksteal -m longer tests
 
-test-browser: $(READY) ## the explorers in JupyterLab and Chromium; screenshots in artifacts/browser
+test-browser: $(READY) ## the explorers in JupyterLab and the pages of the site, in Chromium; screenshots in artifacts/browser
 	$(BIN)/python -m pytest tests/browser
 
 lint: $(READY) ## check style

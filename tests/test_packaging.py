@@ -35,7 +35,7 @@ ABSENT = (
     "ipywidgets",
     "matplotlib",
     "IPython",
-    "latex2mathml",
+    "math_core",
 )
 
 DISTIL = """
@@ -132,7 +132,7 @@ def test_every_package_and_every_stored_file_is_part_of_the_installation():
     included = {
         path for package, pattern in patterns.items() for path in ROOT.joinpath(*package.split(".")).glob(pattern)
     }
-    assert included == {*PACKAGE.rglob("*.json"), *PACKAGE.rglob("*.yaml")}
+    assert included == {*PACKAGE.rglob("*.json"), *PACKAGE.rglob("*.yaml"), *PACKAGE.glob("course/templates/*")}
 
 
 @pytest.fixture(scope="module")

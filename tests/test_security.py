@@ -38,8 +38,8 @@ from transformers import dynamic_module_utils
 
 import kd_helpers
 from kd_helpers.config import DATA_FILES, DistillConfig
-from kd_helpers.course import pages
-from kd_helpers.course.notebooks import NOTEBOOKS, notebook_paths
+from kd_helpers.course.contents import docs_paths
+from kd_helpers.course.notebooks import NOTEBOOKS, ROOT, notebook_paths
 from kd_helpers.course.site import site
 from kd_helpers.data import LABEL_NAMES
 from kd_helpers.experiments.sweep import Notebook, plan
@@ -679,13 +679,14 @@ def test_a_page_is_read_for_all_that_it_loads():
     assert (page.handlers, page.scripts, page.links) == (["img onerror=e()"], ["h()"], ["i"])
 
 
-def test_the_site_loads_nothing_and_runs_only_what_folds_its_cells(tmp_path):
+def test_the_site_loads_nothing_and_runs_only_what_sets_its_theme(tmp_path):
     site(notebook_paths(), tmp_path)
-    chapters = {path.name: Page(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.html")}
-    assert len(chapters) == len(notebook_paths()) + 1
-    for name, page in chapters.items():
-        assert page.scripts == ([] if name == "index.html" else [pages.FOLD]), name
+    shown = {path.name: Page(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.html")}
+    assert len(shown) == len(notebook_paths()) + len(docs_paths()) + 1
+    theme = (ROOT / "kd_helpers" / "course" / "templates" / "theme.js").read_text(encoding="utf-8")
+    for name, page in shown.items():
+        assert [script.strip() for script in page.scripts] == [theme.strip()], name
         assert page.handlers == [], name
         assert not page.tags & {"iframe", "frame", "object", "embed", "form", "base", "applet", "link"}, name
-        assert all(load.startswith(("data:image/png;", "data:image/svg+xml;")) for load in page.loads), name
-        assert all(re.match(r"https://|#|\d\d_\w+\.html|index\.html", link) for link in page.links), name
+        assert all(load.startswith(("data:image/png;", "data:font/woff2;")) for load in page.loads), name
+        assert all(re.match(r"https://|#|\w+\.html", link) for link in page.links), name

@@ -23,6 +23,7 @@ EXAMPLE = (
     "Example: {prog} run 03 05 executes two notebooks. Exit status: 0 if all is done, 1 if a notebook fails, 2 for a "
     "request that cannot be met, 130 after Ctrl-C."
 )
+FIRST_ADVANCED = "10"  # the chapters before it are the main ones, which `run` executes by default
 
 
 class RefusedError(Exception):
@@ -74,13 +75,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         command.set_defaults(carry_out=carry_out)
         return command
 
-    executing = (
+    running, storing = (
         add(
             "run",
             _run,
             "Execute notebooks and make pages of them.",
             "The executed copies, the HTML pages and an index go to artifacts/course; the notebooks themselves are not "
-            "changed. Prints the comparison of chapter 06 if it was run.",
+            "changed. Prints the comparison of chapter 06, if it was run, beside the full one that is stored.",
         ),
         add(
             "store",
@@ -90,8 +91,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             "notebook took.",
         ),
     )
-    for command in executing:
-        command.add_argument("numbers", nargs="*", metavar="NN", help="number of a notebook, such as 03 (default: all)")
+    for command, default in ((running, "the main chapters, 00 to 09"), (storing, "all")):
+        numbers = f"number of a notebook, such as 03 (default: {default})"
+        command.add_argument("numbers", nargs="*", metavar="NN", help=numbers)
+    running.add_argument("--all", action="store_true", help="run every notebook, also the advanced chapters from 10 on")
     add(
         "site",
         _site,
@@ -122,7 +125,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> None:
+    if chosen.all and chosen.numbers:
+        raise RefusedError("give numbers of notebooks or --all, not both.")
     paths = _numbered(chosen.numbers)
+    if not (chosen.all or chosen.numbers):
+        paths = [path for path in paths if path.name < FIRST_ADVANCED]
     from kd_helpers.course.run import run_and_report
 
     run_and_report(paths)

@@ -91,8 +91,8 @@ def candidate_words(
 ) -> list[Candidates]:
     """For each word that may be replaced the `count` best words in its place, best first, itself left out.
 
-    A word of one piece is masked, it alone, and the language model ranks the words of its vocabulary; a word of
-    several pieces is compared with them by the cosine of embeddings, its own being the mean of its pieces'.
+    A word of one piece is masked, and nothing else, and the language model ranks the words of its vocabulary; a word
+    of several pieces is compared with them by the cosine of embeddings, its own being the mean of its pieces'.
 
     Args:
         texts: to be augmented.

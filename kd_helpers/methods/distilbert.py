@@ -1,4 +1,4 @@
-"""Chapter 11: a student that is distilled before there are labels.
+"""Chapter 11: a student that is distilled before it is fine-tuned for a task.
 
 DistilBERT (Sanh et al. 2019, arXiv 1910.01108): a student made of every second layer of a masked language model learns
 from that model on texts without labels, with three losses together,
@@ -244,7 +244,7 @@ def train_language_model(
         batches: of `language_batches`, repeated as often as it takes; or at least `steps` of `with_teacher_states`.
         steps: optimiser steps.
         teacher: frozen. It runs on every batch that does not carry its states: which tokens are masked changes from
-            epoch to epoch, so its output can't be cached by text.
+            epoch to epoch, so its output cannot be cached by text.
         temperature: T of the soft loss.
         weights: of the three losses.
         learning_rate: its peak, after a tenth of the steps.
@@ -348,7 +348,7 @@ def likely_words(
 def language_teacher(setup: Setup, *, steps: int = ADAPTATION_STEPS, head_only: bool = False) -> BertForMaskedLM:
     """The pre-trained teacher as a frozen masked language model.
 
-    A checkpoint that brings a language head (bert-base does) is taken as it is. One without a head (the packaged model
+    A checkpoint with a language head (bert-base has one) is taken as it is. One without a head (the packaged model
     was trained to embed sentences) gets a new one, which shares the embedding table, and is adapted to the texts that
     the course's classifier is fine-tuned on, without their labels. That is done once and found again in `artifacts/`.
 
@@ -403,12 +403,12 @@ def language_teacher(setup: Setup, *, steps: int = ADAPTATION_STEPS, head_only: 
 
 
 def load_language_model(name: str) -> tuple[BertForMaskedLM, bool]:
-    """A BERT with a masked-language head, and whether the checkpoint brought that head; otherwise it is drawn.
+    """A BERT with a masked-language head, and whether the checkpoint has that head; if not, its weights are random.
 
     Raises:
         ValueError: the checkpoint is no BERT, or lacks weights of its encoder.
         FileNotFoundError: there is no such model, or it has no safetensors.
-        ConnectionError: the model is on the hub and it can't be reached.
+        ConnectionError: the model is on the hub, which cannot be reached.
     """
     if (kind := load_config(name).model_type) != "bert":
         raise ValueError(f"a language teacher must be a BERT, {name!r} is a {kind}; name another teacher_checkpoint.")

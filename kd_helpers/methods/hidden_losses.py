@@ -52,7 +52,7 @@ def masked_language_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
         labels: the ids of the tokens that were masked, −100 elsewhere, `[B, L]`, or `[N]`.
 
     Raises:
-        ValueError: shapes don't fit, or a label is no id of the vocabulary.
+        ValueError: shapes do not fit, or a label is no id of the vocabulary.
     """
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -98,7 +98,7 @@ def hidden_loss(
             paper's W; needed where h and H differ.
 
     Raises:
-        ValueError: shapes or widths don't fit.
+        ValueError: shapes or widths do not fit.
     """
     h, width = student_hidden.shape[-1], teacher_hidden.shape[-1]
     if projection is None and h != width:
@@ -131,7 +131,7 @@ def attention_loss(student_scores: torch.Tensor, teacher_scores: torch.Tensor, m
         mask: `[B, L]`.
 
     Raises:
-        ValueError: shapes don't fit.
+        ValueError: shapes do not fit.
     """
     batch, length = mask.shape
     for whose, scores in (("student", student_scores), ("teacher", teacher_scores)):

@@ -43,7 +43,7 @@ def narrow_shape(teacher: PreTrainedModel, *, layers: int, width: int) -> PreTra
     It has as many heads as the teacher, since the attention loss compares them one to one; they are narrower instead.
 
     Raises:
-        ValueError: `layers` or `width` is larger than the teacher's, or the heads don't share the width evenly.
+        ValueError: `layers` or `width` is larger than the teacher's, or the width is not a multiple of the heads.
     """
     config = copy.deepcopy(teacher.config)
     heads = config.num_attention_heads
@@ -180,7 +180,7 @@ def distill_layers(
 
     Raises:
         ValueError: `parts` names none of the losses or an unknown one; the teacher is in train mode; the two models
-            can't be teacher and student.
+            cannot be teacher and student.
         DivergedError: a loss or a gradient is not finite.
     """
     require_whole("steps", steps, minimum=1)

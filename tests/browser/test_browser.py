@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -97,18 +96,6 @@ def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
         except (urllib.error.URLError, TimeoutError):
             time.sleep(0.5)
     pytest.fail(f"JupyterLab does not start: {log.read_text()[-2000:]}")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window."""
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
-        pytest.fail("there is no chromium: install it, or set CHROMIUM to the path of a Chrome or Chromium.")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=chromium)
-        yield started
-        started.close()
 
 
 @pytest.fixture

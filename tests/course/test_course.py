@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import html
-import html.parser
 import json
 import re
 import shutil
@@ -16,8 +14,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kd_helpers import artifacts, experiments
-from kd_helpers.course import commands, costs, full_sweep, notebooks, pages, publish, readme, run, store
-from kd_helpers.course import site as course_site
+from kd_helpers.course import commands, costs, full_sweep, notebooks, publish, readme, run, store
+from kd_helpers.experiments import comparison
+from kd_helpers.experiments.study import gains, titles
 
 KERNEL = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
 OURS = ("pyproject.toml", "requirements.txt", "README.md")
@@ -264,19 +263,6 @@ def test_bars_and_clocks_are_not_stored():
     assert "widgets" not in cleaned.metadata
 
 
-def test_pages_carry_descriptions_and_link_to_pages():
-    picture = new_output(
-        "display_data", data={"image/png": "iVBORw0KGgo="}, metadata={"image/png": {"alt": 'a "quoted" line'}}
-    )
-    text = "# T\n\n[next](01_data.ipynb#top), [contents](../README.md), [![Open](https://x.org/x.svg)](https://x.org)"
-    page = pages.to_html(new_notebook(cells=[new_markdown_cell(text), new_code_cell("1", outputs=[picture])]), "T")
-    assert 'a "quoted" line' in html.unescape(page)
-    assert 'href="01_data.html#top"' in page
-    assert 'href="index.html"' in page
-    assert "x.svg" not in page
-    assert "No description has been provided" not in page
-
-
 def test_a_notebook_asks_a_question(tmp_path):
     source = tmp_path / "00_tiny.ipynb"
     nbformat.write(new_notebook(cells=[new_markdown_cell("# 00 · Tiny\n\nWho, and\nwhy? Because.")]), source)
@@ -285,86 +271,77 @@ def test_a_notebook_asks_a_question(tmp_path):
     assert notebooks.question(source) == ""
 
 
-class Page(html.parser.HTMLParser):
-    """What a page links to, loads, shows and can be linked at."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.links, self.loads, self.images, self.ids, self.viewports, self.formulas = [], [], [], set(), [], 0
-        self.tag = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.tag = tag
-        self.ids |= {found["id"]} if found.get("id") else set()
-        self.formulas += tag == "math"
-        if tag == "a" and "href" in found:
-            self.links.append(found["href"])
-        if tag == "img":
-            self.images.append(found)
-        if tag in {"script", "link", "iframe", "source"}:
-            self.loads += [found[name] for name in ("src", "href") if name in found]
-        if tag == "meta" and found.get("name") == "viewport":
-            self.viewports.append(found["content"])
-
-    def handle_data(self, data):
-        if self.tag in {"script", "style"}:
-            self.loads += re.findall(r"(?:@import|import\(|from|url\()\s*[\"']?((?:https?:)?//[^\"')\s]+)", data)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> dict[str, Page]:
-    folder = tmp_path_factory.mktemp("site")
-    course_site.site(notebooks.notebook_paths(), folder)
-    return {path.name: Page(path) for path in folder.iterdir()}
-
-
-def test_the_site_has_every_chapter(site):
-    chapters = {f"{path.stem}.html" for path in notebooks.notebook_paths()}
-    assert set(site) == chapters | {"index.html"}
-    assert chapters <= set(site["index.html"].links)
-
-
-def test_every_link_within_the_site_leads_somewhere(site):
-    for name, page in site.items():
-        for link in page.links:
-            target, _, anchor = link.partition("#")
-            if not link.startswith("https://"):
-                assert not target or target in site, f"{name}: {link}"
-                assert not anchor or anchor in site[target or name].ids, f"{name}: {link}"
-
-
-def test_every_picture_of_the_site_is_described_and_in_its_page(site):
-    for name, page in site.items():
-        for image in page.images:
-            assert image["src"].startswith("data:"), name
-            assert len(image["alt"].split()) > 3, f"{name}: {image['alt']}"
-    assert sum(len(page.images) for page in site.values()) >= len(notebooks.notebook_paths())
-
-
-def test_formulas_of_the_site_are_drawn_by_the_browser(site):
-    for path in notebooks.notebook_paths():
-        cells = nbformat.read(path, as_version=4).cells
-        markdown = "\n".join(re.sub(r"`[^`]*`", "", cell.source) for cell in cells if cell.cell_type == "markdown")
-        written = len(re.findall(r"\$\$.+?\$\$|(?<![\\\w])\$[^$\n]+?\$", markdown, re.DOTALL))
-        assert site[f"{path.stem}.html"].formulas >= written, path.stem
-
-
-def test_the_site_needs_no_network_and_fits_a_phone(site):
-    for name, page in site.items():
-        assert page.loads == [], name
-        assert page.viewports == ["width=device-width, initial-scale=1.0"], name
-
-
 def test_a_run_leaves_notebooks_pages_and_an_index(tmp_path, capsys):
     source = tmp_path / "00_tiny.ipynb"
     cells = [new_markdown_cell("# 00 · Tiny"), new_code_cell("x: int = 1  # one", metadata={"tags": ["parameters"]})]
     nbformat.write(new_notebook(cells=[*cells, new_code_cell("print(x)")], metadata=KERNEL), source)
     run.run([source], tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"00_tiny.ipynb", "00_tiny.html", "index.html"}
-    assert "00 · Tiny" in (tmp_path / "out" / "index.html").read_text()
+    assert {"00_tiny.ipynb", "00_tiny.html", "index.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "Tiny" in (tmp_path / "out" / "index.html").read_text()
     assert re.search(r"\[1/1\] 00_tiny: \d+ s, [1-9]\d* MB at the peak", capsys.readouterr().out)
+
+
+def test_chapters_that_are_not_run_are_shown_as_they_are_stored(tmp_path):
+    for name in ("00_tiny", "10_stored"):
+        cells = [new_markdown_cell(f"# {name[:2]} · Tiny"), new_code_cell("print(6 * 7)")]
+        nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / f"{name}.ipynb")
+    run.run([tmp_path / "00_tiny.ipynb"], tmp_path / "out", others=[tmp_path / "10_stored.ipynb"])
+    assert {path.suffix for path in (tmp_path / "out").glob("10_stored.*")} == {".html"}
+    index = (tmp_path / "out" / "index.html").read_text()
+    assert index.index("00_tiny.html") < index.index("10_stored.html")
+
+
+@pytest.fixture
+def asked_to_run(monkeypatch) -> list[str]:
+    """Numbers of the notebooks that a command would execute."""
+    numbers: list[str] = []
+    monkeypatch.setattr(run, "run_and_report", lambda paths: numbers.extend(path.name[:2] for path in paths))
+    return numbers
+
+
+def test_run_executes_the_main_chapters_unless_told_otherwise(asked_to_run):
+    every = [path.name[:2] for path in notebooks.notebook_paths()]
+    main = [number for number in every if number < "10"]
+    assert main[:8] == ["00", "01", "02", "03", "04", "05", "06", "07"]
+    assert len(main) < len(every)
+    for arguments, expected in ([], main), (["--all"], every), (["12", "03"], ["03", "12"]):
+        asked_to_run.clear()
+        assert commands.main(["run", *arguments]) == 0
+        assert asked_to_run == expected
+
+
+def test_run_takes_numbers_or_all_but_not_both(asked_to_run, capsys):
+    assert commands.main(["run", "03", "--all"]) == 2
+    assert capsys.readouterr().err == "kd-helpers course: give numbers of notebooks or --all, not both.\n"
+    assert asked_to_run == []
+
+
+def test_the_makefile_runs_the_main_chapters_or_all():
+    makefile = (notebooks.ROOT / "Makefile").read_text()
+    assert re.search(r"(?m)^run: .*\n\t\S+ -m kd_helpers course run$", makefile)
+    assert re.search(r"(?m)^run-all: .*\n\t\S+ -m kd_helpers course run --all$", makefile)
+
+
+def test_a_run_ends_with_the_live_comparison_beside_the_stored_one(own_artifacts, monkeypatch, capsys):
+    stored = comparison.stored_comparison()
+    arms = {name: stored["arms"][name] for name in (comparison.BASELINE, "tuned_teacher")}
+    runs = [entry for entry in stored["runs"] if entry["arm"] in arms and entry["seed"] in (0, 1)]
+    live = {**stored, "arms": arms, "seeds": [0, 1], "runs": runs}
+    artifacts.save_json(own_artifacts / "comparison.json", live)
+    monkeypatch.setattr(run, "run", lambda paths, folder, others: None)
+    run.run_and_report([])
+    printed = capsys.readouterr().out
+    first, second = printed.split("The full comparison")
+    assert "2 arms, 2 seeds, 1,000 optimiser steps a run" in first
+    assert "6 arms, 5 seeds, 1,000 optimiser steps a run" in second
+    gain = 100 * gains(live, "accuracy", over=comparison.BASELINE).loc["tuned_teacher"]
+    assert f"{gain.gain:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f})" in first
+    assert "Tuned teacher + transfer set" not in first
+    teacher = stored["teachers"]["tuned"]["accuracy"]
+    assert first.count(f"{teacher:.1%}") == second.count(f"{teacher:.1%}") == 1
+    for title in titles(stored).values():
+        assert title in second
+    assert max(map(len, printed.partition("The live comparison is in")[0].splitlines())) <= 130
 
 
 def test_storing_keeps_outputs_and_costs(tmp_path, monkeypatch, own_artifacts):
