@@ -297,7 +297,7 @@ OTHERS["costs"] = _costs
 
 
 def _best_epoch(rest: str) -> str:
-    """Points on validation by which an arm's last epoch is better than another arm's best: `tuned_teacher - baseline`."""
+    """Points on validation by which an arm's last epoch beats another arm's best one: `tuned_teacher - baseline`."""
     from kd_helpers.experiments.comparison import last_and_best
 
     arm, _, other = (part.strip() for part in rest.partition(" - "))

@@ -1,0 +1,89 @@
+"""Numbers in Markdown that no study has: chapter 07's sweep, the course of the comparison, and its texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from kd_helpers.course.numbers import fill, number
+from kd_helpers.experiments.comparison import stored_comparison
+from kd_helpers.experiments.sweep import stored_sweep
+
+
+def written(values, *, scale: float = 100, digits: int = 1) -> tuple[str, str]:
+    """A mean and its t interval as the course writes them."""
+    interval = stats.ttest_1samp(values, 0).confidence_interval()
+    shown = [f"{scale * x:.{digits}f}".replace("-", "−") for x in (np.mean(values), interval.low, interval.high)]
+    return shown[0], f"{shown[1]} to {shown[2]}"
+
+
+def test_a_setting_of_the_sweep_and_its_gain_over_other_runs():
+    stored = stored_sweep()
+    table = pd.DataFrame(stored["runs"]).set_index("seed").sort_index()
+    setting = table[(table["temperature"] == 4) & (table["alpha"] == 1)]["test_accuracy"]
+    assert number("sweep: T 4 alpha 1, test_accuracy") == f"{written(setting)[0]}%"
+    smoothing = pd.DataFrame(stored["label_smoothing"]).set_index("seed").sort_index()["test_accuracy"]
+    baseline = table[(table["temperature"] == 1) & (table["alpha"] == 0)]["test_accuracy"]
+    for name, other in (("smoothing", smoothing), ("baseline", baseline)):
+        mean, interval = written(setting - other)
+        assert number(f"sweep: T 4 alpha 1 - {name}, test_accuracy") == f"{mean} points"
+        assert number(f"sweep: T 4 alpha 1 - {name}, test_accuracy, interval") == interval
+
+
+def test_regions_of_the_sweep():
+    taught = pd.DataFrame(stored_sweep()["runs"]).query("alpha > 0")
+    by_alpha = taught.groupby(["alpha", "seed"])["validation_accuracy"].mean()
+    mean, interval = written(by_alpha[0.9] - by_alpha[0.3])
+    assert number("sweep: alpha 0.9 - alpha 0.3, validation_accuracy") == f"{mean} points"
+    assert number("sweep: alpha 0.9 - alpha 0.3, validation_accuracy, interval") == interval
+    cells = taught.groupby(["temperature", "alpha"])["validation_nll"].mean()
+    assert number("sweep: spread, validation_nll") == f"{cells.max() - cells.min():.3f}"
+    (best, worst) = (taught.set_index(["temperature", "alpha"]).loc[at] for at in (cells.idxmin(), cells.idxmax()))
+    difference = best.set_index("seed")["validation_nll"] - worst.set_index("seed")["validation_nll"]
+    assert number("sweep: best - worst, validation_nll, interval") == written(difference, scale=1, digits=3)[1]
+
+
+def test_the_course_of_the_comparison_on_validation():
+    curves: dict[str, list[list[float]]] = {}
+    for run in stored_comparison()["runs"]:
+        curves.setdefault(run["arm"], []).append([epoch["accuracy"] for epoch in run["history"]])
+    tuned, baseline = np.array(curves["tuned_teacher"]), np.array(curves["baseline"])
+    assert number("validation: baseline best, accuracy") == f"{written(baseline.max(axis=1))[0]}%"
+    mean, interval = written(tuned[:, -1] - baseline.max(axis=1))
+    assert number("validation: tuned_teacher last - baseline best, accuracy") == f"{mean} points"
+    assert number("validation: tuned_teacher last - baseline best, accuracy, interval") == interval
+    assert number("validation: tuned_teacher 237 - baseline 237, accuracy") == (
+        f"{written(tuned[:, 2] - baseline[:, 2])[0]} points"
+    )
+
+
+def test_a_gain_over_texts():
+    stored = stored_comparison()
+    labels, right = np.array(stored["labels"].split()), {}
+    for run in stored["runs"]:
+        right.setdefault(run["arm"], []).append(np.array(run["predicted"].split()) == labels)
+    mean, interval = written(np.mean(right["tuned_teacher"], axis=0) - np.mean(right["baseline"], axis=0))
+    assert number("texts: tuned_teacher - baseline") == f"{mean} points"
+    assert number("texts: tuned_teacher - baseline, interval") == interval
+
+
+def test_a_stale_number_is_written_anew():
+    marker = "<!-- validation: baseline last, accuracy -->"
+    right = number("validation: baseline last, accuracy")
+    assert fill(f"It ends at 99.9%{marker}; so.") == f"It ends at {right}{marker}; so."
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sweep: T 3 alpha 1, test_accuracy",
+        "sweep: nothing - baseline, test_accuracy",
+        "validation: baseline 80, accuracy",
+        "validation: nothing last, accuracy",
+    ],
+)
+def test_a_marker_that_names_nothing_is_refused(spec):
+    with pytest.raises(ValueError, match=r"setting of the sweep|stored comparison has no"):
+        number(spec)
