@@ -54,7 +54,7 @@ def report(live: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"The live comparison, which chapter 06 made on this machine: {_extent(live)}.\n"
-            "It is short, so its gains are smaller and its intervals wider than those of the full comparison.",
+            "It is short, so expect smaller gains than in the full comparison.",
             table(live),
             f"The full comparison, which comes with the course: {_extent(stored)}.\n"
             "Draw your conclusions from this one; chapter 06 explains it.",
