@@ -39,6 +39,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
@@ -374,8 +375,10 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m kd_he
     try:
         choices, args = _parsed(parser, arguments)
     except (ImportError, OSError, ValueError) as error:
+        unset_hf_deepspeed_config()
         parser.error(str(error))
     except Exception as error:  # of half a dozen kinds, all of them about what was asked for
+        unset_hf_deepspeed_config()  # one that is begun but not valid is in the way of every later model
         parser.error(f"these options do not fit together ({type(error).__name__}: {error}); --help explains them.")
     try:
         metrics = distil(choices, args)
