@@ -29,6 +29,7 @@ from kd_helpers.config import expanded
 from kd_helpers.data import evaluation_batches
 from kd_helpers.losses import IGNORE_INDEX
 from kd_helpers.models import model_digest, teacher_forward
+from kd_helpers.pretrained import tokenizer_digest
 from kd_helpers.provenance import made_by
 
 ROWS = 1024  # texts held in memory at a time
@@ -76,7 +77,7 @@ def cache_shards(
     provenance = {
         **made_by("kd_helpers.shards"),
         "teacher": model_digest(teacher),
-        "vocabulary": artifacts.fingerprint(tokenizer.get_vocab()),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
         "precision": str(precision),
         "shards": texts.num_shards,
