@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from kd_helpers import artifacts
+from kd_helpers import artifacts, hub
 from kd_helpers.pretrained import (
     NO_CODE,
     VOCABULARIES,
@@ -74,12 +74,13 @@ def merged(name: str, path: str, path_of: Callable[[str], str]) -> Path:
     if file_of(path, WEIGHTS) is None:
         raise ValueError(f"{about}, and has no {WEIGHTS}; save it with a current version of peft.")
     base_path = path_of(base)
+    in_folder = Path(base_path).is_dir()
     files = [file_of(path, file) for file in (CONFIG, WEIGHTS, "config.json", *VOCABULARIES)]
     provenance = {
         **made_by("kd_helpers.adapters"),
         "adapter": {file.name: artifacts.file_digest(file) for file in files if file is not None},
         "peft": importlib.metadata.version("peft"),
-        "base": artifacts.model_folder_digest(Path(base_path)) if Path(base_path).is_dir() else base,
+        "base": artifacts.model_folder_digest(Path(base_path)) if in_folder else f"{base}@{hub.commit(base)}",
     }
     folder = artifacts.artifacts_dir() / "merged_adapters" / artifacts.fingerprint(provenance)
 

@@ -8,6 +8,8 @@ loaded, and refuse what can't be meant in one sentence. `models` loads; what it 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -239,6 +241,25 @@ def require_tokenizer_as_in_file(name: str, path: str, tokenizer: PreTrainedToke
             "makes of it; put the tokenizer_config.json that belongs to it beside it (tokenizer.save_pretrained writes "
             "both)."
         )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over everything that decides which tokens a text becomes: vocabulary, rules, special tokens, sides.
+
+    Two tokenizers of one vocabulary can still differ, for example in whether they lower the case of a text.
+    """
+    described = {
+        "class": type(tokenizer).__name__,
+        "vocabulary": tokenizer.get_vocab(),
+        "special tokens": tokenizer.special_tokens_map,
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, tokenizers.Tokenizer):
+        described |= json.loads(backend.to_str())
+        for state in ("padding", "truncation"):  # those of the last call
+            del described[state]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def give_padding(name: str, tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None) -> None:

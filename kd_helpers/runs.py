@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import artifacts
 from kd_helpers.checkpoints import checkpoints_dir
-from kd_helpers.config import PRESETS, DistillConfig, require_whole
+from kd_helpers.config import PRESETS, DistillConfig, expanded, require_whole
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
 from kd_helpers.loop import train_classifier
 from kd_helpers.metrics import Predictions, classification_metrics, predict
@@ -90,7 +90,7 @@ def distill(
     provenance = provenance_of(setup, teacher_logits)
     key = artifacts.fingerprint(provenance)
     checkpoints = checkpoints_dir(key)
-    folder = Path(output_dir or artifacts.artifacts_dir() / "runs" / key)
+    folder = Path(expanded(output_dir or artifacts.artifacts_dir() / "runs" / key, "output_dir"))
     with artifacts.locked(checkpoints):
         found = find_run(folder, provenance)
         if not resume:
@@ -236,7 +236,7 @@ def load_run(folder: str | Path) -> DistillResult:
         FileNotFoundError: the folder holds no finished run.
         ValueError: one of its files was changed or is missing; it is named.
     """
-    folder = Path(folder)
+    folder = Path(expanded(folder, "the folder"))
     if not (folder / artifacts.MANIFEST).exists():
         raise FileNotFoundError(f"{folder} holds no finished run; give the folder of one.")
     if wrong := artifacts.damaged(folder):

@@ -25,9 +25,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kd_helpers import artifacts
+from kd_helpers.config import expanded
 from kd_helpers.data import evaluation_batches
 from kd_helpers.losses import IGNORE_INDEX
 from kd_helpers.models import model_digest, teacher_forward
+from kd_helpers.pretrained import tokenizer_digest
 from kd_helpers.provenance import made_by
 
 ROWS = 1024  # texts held in memory at a time
@@ -69,13 +71,13 @@ def cache_shards(
     if "text" not in (texts.column_names or ["text"]):
         raise ValueError(f"the texts have the columns {', '.join(texts.column_names)}; rename the right one to 'text'.")
     _require_class_names(texts, teacher)
-    folder = Path(folder)
+    folder = Path(expanded(folder, "the folder"))
     # What a launcher tells each of its processes; they need not talk to each other here.
     process, processes = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     provenance = {
         **made_by("kd_helpers.shards"),
         "teacher": model_digest(teacher),
-        "vocabulary": artifacts.fingerprint(tokenizer.get_vocab()),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
         "precision": str(precision),
         "shards": texts.num_shards,
@@ -153,7 +155,7 @@ def _is_unnamed(names: Iterable[str]) -> bool:
 
 def missing_shards(folder: str | Path) -> list[int]:
     """The numbers of the shards that have no teacher logits yet, or are damaged."""
-    folder = Path(folder)
+    folder = Path(expanded(folder, "the folder"))
     count = artifacts.load_json(folder / artifacts.PROVENANCE)["shards"]
     return [index for index in range(count) if not artifacts.is_intact(folder / f"{index:06d}")]
 
@@ -164,7 +166,7 @@ def read_shards(folder: str | Path) -> datasets.IterableDataset:
     Raises:
         FileNotFoundError: a shard is missing or damaged.
     """
-    folder = Path(folder)
+    folder = Path(expanded(folder, "the folder"))
     if missing := missing_shards(folder):
         raise FileNotFoundError(
             f"{folder} lacks {len(missing):,} shards (the first is {missing[0]}); run cache_shards again, which makes "

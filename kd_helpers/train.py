@@ -39,6 +39,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
@@ -373,10 +374,11 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m kd_he
     parser = Parser((Choices, CourseArguments), prog=prog, description=DESCRIPTION, allow_abbrev=False)
     try:
         choices, args = _parsed(parser, arguments)
-    except (ImportError, OSError, ValueError) as error:
-        parser.error(str(error))
     except Exception as error:  # of half a dozen kinds, all of them about what was asked for
-        parser.error(f"these options do not fit together ({type(error).__name__}: {error}); --help explains them.")
+        unset_hf_deepspeed_config()  # a configuration that is not valid would stay in use for every later model
+        is_sentence = isinstance(error, (ImportError, OSError, ValueError))
+        clash = f"these options do not fit together ({type(error).__name__}: {error}); --help explains them."
+        parser.error(str(error) if is_sentence else clash)
     try:
         metrics = distil(choices, args)
     except (ImportError, OSError, TypeError, ValueError) as error:

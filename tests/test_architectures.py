@@ -37,6 +37,7 @@ from kd_helpers.models import (
 )
 from kd_helpers.resolve import resolve
 from kd_helpers.runs import distill, load_run
+from kd_helpers.runtime import seed_everything
 from kd_helpers.teacher import fine_tuned_teacher, load_teacher_logits
 from kd_helpers.trainer import DistillationTrainer, TeacherStudentCollator, with_teacher_tokens
 
@@ -168,11 +169,12 @@ def lean_and_not(kind: str, folder: Path) -> None:
         student = copy.deepcopy(model)
         batches = training_batches(tokenized, tokenizer, config.batch_size, seed=0)
         loss_of = classifier_loss(student, temperature=1.0, alpha=0.0)
+        seed_everything(0)  # BigBird draws blocks of tokens
         progress = fit(student, batches, loss_of, steps=5, **recipe(config, 5), lean=lean, description=None)
         assert student.config._attn_implementation == attention
         losses.append(progress.curve("total"))
         weights.append(student.state_dict())
-    assert losses[0].std() > 0.01
+    assert losses[0].std() > 0.005
     assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():  # AdamW makes a whole step of a gradient that is nothing but rounding

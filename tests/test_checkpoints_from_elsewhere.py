@@ -31,7 +31,7 @@ from transformers import (
     pipeline,
 )
 
-from kd_helpers import models, train
+from kd_helpers import adapters, models, train
 from kd_helpers.config import PACKAGED_MODEL, DistillConfig
 from kd_helpers.data import evaluation_batches, tokenize
 from kd_helpers.models import (
@@ -769,6 +769,16 @@ def test_an_adapter_is_merged_and_teaches(tmp_path, own_artifacts, small_data):
     retrain(base)
     edit(base / "config.json", architectures=["BertModel"], id2label=None, label2id=None)
     assert distill(config, data=small_data).folder != run.folder, "its base model is another"
+
+
+def test_an_adapter_of_a_model_on_the_hub_is_merged_anew_when_that_changes(tmp_path, own_artifacts, monkeypatch):
+    folder = adapter(tmp_path / "adapter", saved(tmp_path / "base"))
+    edit(folder / "adapter_config.json", base_model_name_or_path="someone/base")
+    monkeypatch.setattr(adapters, "_merge", lambda *_: tiny("bert", NAMES)[0])
+    commits = iter(("first", "first", "second"))
+    monkeypatch.setattr(adapters.hub, "commit", lambda name: next(commits))
+    made = [adapters.merged(str(folder), str(folder), lambda base: base) for _ in range(3)]
+    assert made[0] == made[1] != made[2]
 
 
 def test_an_adapter_whose_labels_nobody_named_is_refused(tmp_path, own_artifacts):

@@ -13,21 +13,12 @@ from pathlib import Path
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
-from support.hub_cache import word_tokenizer
-from support.models import tiny_bert
 from support.processes import TWO, free_port
+from support.small_run import DISTIL, write_texts_and_models
 
 from kd_helpers.course import publish
 from kd_helpers.course.notebooks import ROOT
 
-DISTIL = """
-from kd_helpers import DistillConfig, distill
-
-choices = {"teacher_checkpoint": "teacher", "student_checkpoint": "student", "teacher_epochs": 1, "epochs": 1}
-result = distill(DistillConfig(data="texts.csv", batch_size=16, max_length=16, precision="float32", **choices))
-assert result.metrics["steps"] > 0
-assert 0 <= result.metrics["test"]["accuracy"] <= 1
-"""
 # What transformers did otherwise before: the scale of accumulated gradients, and the names in a saved file.
 TRAIN = """
 import datasets, torch
@@ -86,14 +77,7 @@ def python(tmp_path_factory) -> Path:
 @pytest.fixture
 def work(tmp_path) -> Path:
     """A folder with texts, a random teacher and a random student."""
-    kinds = {"negative": "poor", "neutral": "plain", "positive": "fine"}
-    rows = [f"{kinds[kind]} number {number},{kind}" for number in range(30) for kind in kinds]
-    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
-    tokenizer = word_tokenizer([*kinds.values(), "number", *map(str, range(30))])
-    for name, layers in (("teacher", 2), ("student", 1)):
-        tiny_bert(layers).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    return tmp_path
+    return write_texts_and_models(tmp_path)
 
 
 @pytest.mark.longer  # it installs torch, on Linux with the libraries for CUDA: some 3 GB

@@ -27,7 +27,9 @@ from support.models import tiny_bert
 from kd_helpers import artifacts, data, own_data
 from kd_helpers.config import PATHS, DistillConfig
 from kd_helpers.experiments import sweep
-from kd_helpers.models import save_model
+from kd_helpers.models import freeze, save_model
+from kd_helpers.runs import distill, load_run
+from kd_helpers.shards import cache_shards, missing_shards, read_shards
 
 NUL = "there is a NUL character, so this is no UTF-8 text or a damaged one; save it as UTF-8, or remove the character."
 NOT_TEXT = (
@@ -975,6 +977,20 @@ def test_a_sweep_knows_its_files_and_checkpoints_by_what_is_in_them(home: Path, 
     (home / "teacher" / "tokenizer.json").write_text(json.dumps(vocabulary))
     names.append(run())
     assert len(set(names)) == len(names) == 6
+
+
+def test_results_may_be_in_the_home_folder(home: Path, small_data, tokenizer, own_artifacts: Path) -> None:
+    save_model(home / "student", tiny_bert(), tokenizer)
+    config = DistillConfig(student_checkpoint="~/student", alpha=0.0, max_steps=1, precision="float32", device="cpu")
+    run = distill(config, data=small_data, output_dir="~/run")
+    assert run.folder == home / "run"
+    assert load_run("~/run").metrics == run.metrics
+    teacher = freeze(tiny_bert(seed=1))
+    texts = small_data.test.select_columns(["text"]).select(range(4)).to_iterable_dataset()
+    cache_shards(teacher, texts, tokenizer, "~/shards", max_length=16)
+    assert missing_shards("~/shards") == []
+    assert len(list(read_shards("~/shards"))) == 4
+    assert not Path("~").exists()
 
 
 def test_a_sweep_may_be_written_to_the_home_folder(home: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from support.hub_cache import word_tokenizer
-from support.models import tiny_bert
+from support.small_run import DISTIL, write_texts_and_models
 
 from kd_helpers.course.notebooks import ROOT, notebook_paths
 
@@ -37,16 +36,6 @@ ABSENT = (
     "IPython",
     "math_core",
 )
-
-DISTIL = """
-from kd_helpers import DistillConfig, distill
-
-choices = {"teacher_checkpoint": "teacher", "student_checkpoint": "student", "teacher_epochs": 1, "epochs": 1}
-result = distill(DistillConfig(data="texts.csv", batch_size=16, max_length=16, precision="float32", **choices))
-assert result.metrics["steps"] > 0
-assert 0 <= result.metrics["test"]["accuracy"] <= 1
-print("distilled")
-"""
 
 
 def normalised(name: str) -> str:
@@ -138,16 +127,7 @@ def test_every_package_and_every_stored_file_is_part_of_the_installation():
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """A folder without a checkout: a CSV of 90 short texts, a random teacher, a random student."""
-    folder = tmp_path_factory.mktemp("bare")
-    kinds = {"negative": "poor", "neutral": "plain", "positive": "fine"}
-    rows = [f"{kinds[kind]} number {number},{kind}" for number in range(30) for kind in kinds]
-    (folder / "texts.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
-    words = [*kinds.values(), "number", *map(str, range(30))]
-    tokenizer = word_tokenizer(words)
-    for name, layers in (("teacher", 2), ("student", 1)):
-        tiny_bert(layers).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+    return write_texts_and_models(tmp_path_factory.mktemp("bare"))
 
 
 def bare_environment() -> dict[str, str]:

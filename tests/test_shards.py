@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from support.models import tiny_bert
 from support.processes import TWO, free_port
+from tokenizers import normalizers
 from torch.testing import assert_close
 
 from kd_helpers import artifacts, shards
@@ -84,11 +86,19 @@ def test_what_is_done_is_left_alone_and_what_is_missing_or_damaged_is_made(
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"teacher": freeze(tiny_bert(seed=2))}, "teacher"), ({"max_length": 16}, "max_length"), ({"count": 5}, "shards")],
+    [
+        ({"teacher": freeze(tiny_bert(seed=2))}, "teacher"),
+        ({"lower_case": False}, "tokenizer"),
+        ({"max_length": 16}, "max_length"),
+        ({"count": 5}, "shards"),
+    ],
 )
 def test_logits_of_something_else_are_refused(tmp_path, teacher, raw, tokenizer, change, what):
     cache_shards(teacher, stream(raw), tokenizer, tmp_path, max_length=24)
     texts = stream(raw, change.get("count", 4))
+    if "lower_case" in change:  # the same vocabulary, other rules
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=change["lower_case"])
     with pytest.raises(ValueError, match=rf"was begun with {what} .*; choose another folder, or delete it\."):
         cache_shards(
             change.get("teacher", teacher), texts, tokenizer, tmp_path, max_length=change.get("max_length", 24)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.hub_cache import word_tokenizer
+from support.models import tiny_bert
 from transformers import BertConfig, BertForSequenceClassification
 
 from kd_helpers import train
@@ -130,6 +131,7 @@ def test_a_request_that_makes_no_sense_is_refused_in_one_sentence(folder, capsys
     assert sentence in line
     assert 10 < len(line) < 1000
     assert not (folder / "artifacts" / "teacher_logits").exists(), "refused before the teacher was run"
+    assert tiny_bert().num_labels == 3, "what was refused is not in the way of other models"
 
 
 def test_an_argument_file_beside_the_script_is_not_read(folder, monkeypatch, capsys):

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from kd_helpers import artifacts
-from kd_helpers.config import DistillConfig
+from kd_helpers.config import DistillConfig, expanded
 from kd_helpers.data import PAD_TO_MULTIPLE_OF, evaluation_batches, tokenize, training_batches
 from kd_helpers.experiments import RESULTS
 from kd_helpers.experiments.environment import environment
@@ -643,10 +643,10 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers benc
         parser.error(f"--rounds is {chosen.rounds}; give at least 1.")
     try:
         config = DistillConfig(train_size=chosen.texts, epochs=chosen.epochs, batch_size=chosen.batch_size)
+        folder = Path(expanded(chosen.out or artifacts.artifacts_dir() / "benchmark", "--out"))
     except ValueError as error:
         parser.error(str(error))
     result = run(chosen.shape, config, rounds=chosen.rounds, compiled=chosen.compile)
-    folder = chosen.out or artifacts.artifacts_dir() / "benchmark"
     artifacts.save_json(folder / "benchmark.json", result)
     print(report(result) + f"\nwritten to {folder / 'benchmark.json'}")
     return 0

@@ -24,6 +24,7 @@ from kd_helpers.config import require_whole
 from kd_helpers.data import DataSplits, duplicate_key, text_id
 from kd_helpers.losses import IGNORE_INDEX
 from kd_helpers.models import model_digest
+from kd_helpers.pretrained import tokenizer_digest
 from kd_helpers.provenance import made_by
 from kd_helpers.runtime import autocast
 
@@ -210,7 +211,7 @@ def augmented_texts(
     provenance = {
         **made_by("kd_helpers.methods.augmentation"),
         "texts": texts,
-        "vocabulary": artifacts.fingerprint(tokenizer.get_vocab()),
+        "tokenizer": tokenizer_digest(tokenizer),
         "taken": sorted(taken),
         "language": model_digest(language),
         "copies": copies,
