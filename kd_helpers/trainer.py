@@ -78,7 +78,7 @@ class DistillationTrainer(Trainer):
         *,
         teacher_model: PreTrainedModel | None = None,
         temperature: float = 2.0,
-        alpha: float = 0.5,
+        alpha: float = 0.9,
         **options: Any,
     ) -> None:
         require_temperature(temperature)
