@@ -66,7 +66,7 @@ def temperature_figure(logits: torch.Tensor, temperature: float, label_names: Se
     probabilities, plain = soft_targets(logits, temperature), soft_targets(logits, 1.0)
     uncertainty, highest = entropy(probabilities), math.log(len(logits))
     rows = largest(probabilities)
-    figure = Figure(figsize=(8, 1.9 + 0.34 * len(rows)))
+    figure = Figure(figsize=(7, 1.9 + 0.34 * len(rows)))
     bars, below = figure.subplots(2, 1, height_ratios=[len(rows) + 0.6, 1.2])
     colour = plots.COLOURS["teacher"]
     bars.barh(range(len(rows)), probabilities[rows].tolist(), color=colour, height=0.65)
@@ -185,31 +185,31 @@ def loss_figure(
     soft, hard, total = (plots.COLOURS[name] for name in ("teacher", "baseline", "student"))
     longest, steepest = _reach(teacher_logits, student_logits, label, temperature)
     rows = largest(parts.total_gradient.abs())
-    figure = Figure(figsize=(10.5, max(3.4, 0.9 + 0.5 * len(rows))))
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    figure = Figure(figsize=(7, 3.8 + 0.5 * len(rows)))
+    upper, lower = figure.subplots(2, 1, height_ratios=[1, 0.35 + 0.3 * len(rows)])
 
     weighted = (alpha * parts.soft, (1 - alpha) * parts.hard)
     names = [f"{alpha:.2f} · soft", f"{1 - alpha:.2f} · hard", "total"]
     for row, (full, weight, colour) in enumerate(zip(parts[:2], weighted, (soft, hard), strict=True)):
-        left.barh(row, full, height=0.6, facecolor="none", edgecolor=colour, linestyle="--")
-        left.barh(row, weight, height=0.6, color=colour)
-        left.text(max(full, weight), row, f"  {weight:.3f} of {full:.3f}", va="center")
-    left.barh(2, weighted[0], height=0.6, color=soft)
-    left.barh(2, weighted[1], left=weighted[0], height=0.6, color=hard)
-    left.text(parts.total, 2, f"  {parts.total:.3f}", va="center", weight="bold")
-    _name_rows(left, names)
-    left.set(xlim=(0, 1.75 * longest), xlabel="nats", title="Loss (dashed: before its weight)")
+        upper.barh(row, full, height=0.6, facecolor="none", edgecolor=colour, linestyle="--")
+        upper.barh(row, weight, height=0.6, color=colour)
+        upper.text(max(full, weight), row, f"  {weight:.3f} of {full:.3f}", va="center")
+    upper.barh(2, weighted[0], height=0.6, color=soft)
+    upper.barh(2, weighted[1], left=weighted[0], height=0.6, color=hard)
+    upper.text(parts.total, 2, f"  {parts.total:.3f}", va="center", weight="bold")
+    _name_rows(upper, names)
+    upper.set(xlim=(0, 1.75 * longest), xlabel="nats", title="Loss (dashed: before its weight)")
 
     gradients = {"soft part": (parts.soft_gradient, soft), "hard part": (parts.hard_gradient, hard)}
     gradients["total"] = (parts.total_gradient, total)
     for place, (name, (gradient, colour)) in enumerate(gradients.items()):
         heights = [row + 0.25 * (place - 1) for row in range(len(rows))]
-        right.barh(heights, gradient[rows].tolist(), height=0.22, color=colour, label=name)
-    right.axvline(0, color="black", linewidth=1)
-    _name_rows(right, [label_names[index] for index in rows])
-    right.set(xlim=(-1.1 * steepest, 1.1 * steepest), xlabel="gradient (− pushes a logit up, + down)")
-    right.set_title("What each part does to the student")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
+        lower.barh(heights, gradient[rows].tolist(), height=0.22, color=colour, label=name)
+    lower.axvline(0, color="black", linewidth=1)
+    _name_rows(lower, [label_names[index] for index in rows])
+    lower.set(xlim=(-1.1 * steepest, 1.1 * steepest), xlabel="gradient (− pushes a logit up, + down)")
+    lower.set_title("What each part does to the student")
+    figure.legend(*lower.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
 
     pushed = ", ".join(f"{label_names[index]} {parts.total_gradient[index]:+.3f}" for index in rows)
     named = "no label" if label == IGNORE_INDEX else f"label {label_names[label]}"
@@ -294,13 +294,13 @@ def predictions_figure(found: Mapping[str, torch.Tensor], label_names: Sequence[
         The figure, and its description in words.
     """
     if not found:
-        figure, said = Figure(figsize=(10.5, 2.4)), "There is no text yet: type a sentence and press Enter."
+        figure, said = Figure(figsize=(7, 2.4)), "There is no text yet: type a sentence and press Enter."
         figure.text(0.5, 0.5, said, ha="center", va="center", fontsize=14)
         return figure, said
     rows = largest(torch.stack(list(found.values())).mean(dim=0))
-    across = min(4, len(found))
+    across = min(2, len(found))
     down = math.ceil(len(found) / across)
-    figure = Figure(figsize=(10.5, down * (1.2 + 0.36 * len(rows))))
+    figure = Figure(figsize=(7, down * (1.2 + 0.36 * len(rows))))
     panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
     for panel, (name, probabilities) in zip(panels, found.items(), strict=False):
         drawn = probabilities[rows].tolist()
@@ -308,7 +308,7 @@ def predictions_figure(found: Mapping[str, torch.Tensor], label_names: Sequence[
         for row, probability in enumerate(drawn):
             panel.text(probability, row, f" {probability:.2f}", va="center")
         panel.set(xlim=(0, 1.3), xticks=[0, 0.5, 1])
-        panel.set_title("\n".join(textwrap.wrap(_title(name), 88 // across)))
+        panel.set_title("\n".join(textwrap.wrap(_title(name), 60 // across)))
         panel.grid(axis="y", visible=False)
     for unused in panels[len(found) :]:
         unused.set_visible(False)
@@ -423,7 +423,7 @@ def sweep_figure(table: pd.DataFrame, metric: str, quantity: str) -> tuple[Figur
     counts = table.dropna(subset=[metric]).groupby(["temperature", "alpha"])["seed"].nunique()
     fewest, most = counts.min(), counts.max()
     seeds = f"{most} seed{'s' if most > 1 else ''}" if fewest == most else f"{fewest} to {most} seeds"
-    figure = Figure(figsize=(8.5, 1.9 + 0.55 * len(cells)))
+    figure = Figure(figsize=(7, 1.9 + 0.55 * len(cells)))
     axis = figure.subplots()
     form = "+" + measure.form if quantity == "gain" else measure.form
     colours = "Greys" if "half" in quantity else "Blues" if measure.higher_is_better else "Blues_r"

@@ -12,7 +12,7 @@ from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kd_helpers.experiments.comparison import ARMS, summary
+from kd_helpers.experiments.comparison import ARMS
 from kd_helpers.experiments.statistics import mean_interval
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -118,7 +118,7 @@ def heat_map(axes: Axes, cells: pd.DataFrame, title: str, *, colours: str, form:
 
 
 def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:
-    """Accuracy, NLL and ECE of every arm: each seed a tick, the mean a dot, its 95% interval a bar.
+    """Accuracy of every arm: each seed a tick, the mean a dot with its number, its 95% interval a bar.
 
     Args:
         comparison: what `kd_helpers.experiments.comparison.compare` returns.
@@ -126,27 +126,25 @@ def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:
     Returns:
         The figure, and its description for those who can't see it.
     """
-    teacher = comparison["teachers"]["tuned"]
-    arms = list(comparison["arms"])
-    panels = {"accuracy": "Accuracy (higher is better)", "nll": "NLL (lower is better)", "ece": "ECE (lower is better)"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 4), sharey=True)
-    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
-        for row, arm in enumerate(arms):
-            values = [run[metric] for run in comparison["runs"] if run["arm"] == arm]
-            mean, low, high = mean_interval(values)
-            axis.plot([low, high], [row, row], color=COLOURS[arm], linewidth=3, alpha=0.5)
-            axis.plot(values, [row] * len(values), "|", color=COLOURS[arm], markersize=11)
-            axis.plot(mean, row, "o", color=COLOURS[arm], markersize=8)
-        axis.axvline(teacher[metric], color=COLOURS["teacher"], linestyle=":")
-        axis.set_title(title)
-    axes[0].text(teacher["accuracy"], -0.7, "teacher ", color=COLOURS["teacher"], ha="right", va="center")
-    axes[0].set_yticks(range(len(arms)), [ARMS[arm].title for arm in arms])
-    axes[0].set_ylim(len(arms) - 0.5, -1)
-    described = [
-        f"{title}: accuracy {row['accuracy']:.3f}, NLL {row['nll']:.2f}, ECE {row['ece']:.3f}"
-        for title, row in summary(comparison).iterrows()
-    ]
-    return figure, f"Teacher: accuracy {teacher['accuracy']:.3f}; " + "; ".join(described)
+    teacher = comparison["teachers"]["tuned"]["accuracy"]
+    figure, axis = plt.subplots(figsize=(7, 0.45 * len(comparison["arms"]) + 1.2))
+    described = []
+    for row, arm in enumerate(comparison["arms"]):
+        values = [run["accuracy"] for run in comparison["runs"] if run["arm"] == arm]
+        mean, low, high = mean_interval(values)
+        axis.plot([low, high], [row, row], color=COLOURS[arm], linewidth=4, alpha=0.4)
+        axis.plot(values, [row] * len(values), "|", color=COLOURS[arm], markersize=11)
+        axis.plot(mean, row, "o", color=COLOURS[arm], markersize=8)
+        beside = axis.get_yaxis_transform()
+        axis.text(1.02, row, f"{mean:.1%}", color=COLOURS[arm], va="center", transform=beside)
+        described.append(f"{ARMS[arm].title} {mean:.1%} ({low:.1%} to {high:.1%})")
+    axis.axvline(teacher, color=COLOURS["teacher"], linestyle=":")
+    axis.text(teacher, -0.8, f"teacher {teacher:.1%} ", color=COLOURS["teacher"], ha="right", va="center")
+    axis.set_yticks(range(len(comparison["arms"])), [ARMS[arm].title for arm in comparison["arms"]])
+    axis.set_ylim(len(comparison["arms"]) - 0.5, -1.2)
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.set_xlabel("accuracy on test: seeds, mean, 95% interval")
+    return figure, f"Accuracy on test. Teacher {teacher:.1%}; " + "; ".join(described)
 
 
 def benchmark_figure(table: pd.DataFrame) -> tuple[Figure, str]:
@@ -158,7 +156,7 @@ def benchmark_figure(table: pd.DataFrame) -> tuple[Figure, str]:
     Returns:
         The figure, and its description for those who can't see it.
     """
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(table) + 1.2))
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(table) + 1.2))
     for row, (way, values) in enumerate(table.iterrows()):
         colour = COLOURS["student"] if way.startswith("distillation") else COLOURS["baseline"]
         axes.barh(row, values["seconds"], color=colour, alpha=0.8, height=0.6)

@@ -274,15 +274,3 @@ def last_and_best(comparison: Mapping[str, Any], arm: str) -> tuple[float, float
     """
     curves = [[epoch["accuracy"] for epoch in run["history"]] for run in comparison["runs"] if run["arm"] == arm]
     return float(np.mean([curve[-1] for curve in curves])), float(np.mean([max(curve) for curve in curves]))
-
-
-def format_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as plain text: both teachers, then every arm with its intervals."""
-    lines = [f"{'':31}" + "".join(f"{metric.replace('_', ' '):>16}" for metric in METRICS)]
-    for name, teacher in comparison["teachers"].items():
-        cells = "".join(f"{teacher[metric]:.3f}        ".rjust(16) for metric in METRICS)
-        lines.append(f"{name.capitalize() + ' teacher itself':31}" + cells)
-    for title, row in summary(comparison).iterrows():
-        cells = "".join(f"{row[metric]:.3f} ± {row[metric + ' ±']:.3f}".rjust(16) for metric in METRICS)
-        lines.append(f"{title:31}" + cells)
-    return "\n".join(lines)
