@@ -1,20 +1,25 @@
-"""Chapter 03: the distillation loss of a classifier.
+"""Chapters 03 and 13: the distillation loss of a classifier, and the losses of tokens.
 
     total = alpha · T² · KL(softmax(z_T / T) ‖ softmax(z_S / T)) + (1 − alpha) · CE(z_S, y)
 
 z_S and z_T are the logits of student and teacher, y the labels, T the temperature, and **alpha weights
 the soft loss**. From Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015,
-arXiv 1503.02531), section 2. Shapes: N examples, C classes. Logits for every token of a text, `[B, L, V]`, need a mask
-and another mean, so they are refused here; `methods.hidden_losses` has the losses for them.
+arXiv 1503.02531), section 2. Shapes: N examples, C classes.
+
+Logits for every token of a text, `[B, L, V]`, need a mask and another mean. These losses refuse them; the second half
+of this module has the losses for them. Shapes there: B texts, L tokens of each, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kd_helpers.config import require_alpha, require_temperature
 
@@ -139,8 +144,8 @@ def _require_rows_of_classes(logits: torch.Tensor) -> None:
     if logits.ndim != 2:
         raise ValueError(
             f"the logits have shape {tuple(logits.shape)}; this loss takes one row of class logits for each example, "
-            "[N, C]. For the logits of tokens, [B, L, V], use the token losses vocabulary_soft_loss and "
-            "masked_language_loss of kd_helpers.methods.hidden_losses, which take a mask."
+            "[N, C]. For the logits of tokens, [B, L, V], use token_soft_loss and token_hard_loss of "
+            "kd_helpers.losses, which leave padding out."
         )
 
 
@@ -160,3 +165,254 @@ def _require_labels_in_range(labels: torch.Tensor, *, classes: int) -> None:
     if not bool(allowed.all()):
         wrong = int(labels[~allowed][0])
         raise ValueError(f"label {wrong} is out of range; labels run from 0 to {classes - 1}, or −100 for none.")
+
+
+# --- Tokens ---
+#
+# A softmax over a vocabulary of 32,000 for 32 texts of 1,024 tokens takes 4 GB in float32, and a loss needs several. So
+# the losses go through the tokens in chunks. Of each chunk only the sum is kept; what its gradient needs is computed
+# again when it is needed. Each loss is a mean over the tokens that count. Values at other tokens, above all padding,
+# have no effect whatever they are, and where no token counts the loss and its gradient are exactly 0.
+
+CHUNK_VALUES = 2**21  # logits that are looked at together: 8 MB in float32
+
+
+class StatesAndHead(NamedTuple):
+    """Logits that are not computed yet: `states @ weight.T`, a chunk of tokens at a time.
+
+    The token losses take it in the place of logits `[B, L, V]`, which then never exist as a whole, nor do their
+    gradients. A head that does more than this product (a bias, a scale, a cap on the logits) needs the logits.
+
+    Attributes:
+        states: the last hidden states, `[B, L, H]`.
+        weight: of the output layer, `[V, H]`.
+    """
+
+    states: torch.Tensor
+    weight: torch.Tensor
+
+
+TokenLogits = torch.Tensor | StatesAndHead
+
+
+def token_hard_loss(student_logits: TokenLogits, labels: torch.Tensor, *, chunk: int | None = None) -> torch.Tensor:
+    """Cross-entropy with the tokens that come next, mean over the labels that are not −100, in nats and float32.
+
+    Args:
+        student_logits: `[B, L, V]`, at each position those for its own label (see `language_models.next_tokens`).
+        labels: token ids `[B, L]`, −100 where a position does not count.
+        chunk: tokens that are looked at together; None takes as many as have `CHUNK_VALUES` logits.
+
+    Raises:
+        ValueError: the shapes do not fit, or a label is neither −100 nor in 0 … V − 1.
+    """
+    vocabulary = _require_tokens("student logits", student_logits, "labels", labels)
+    _require_labels_in_range(labels, classes=vocabulary)
+
+    def cross_entropy(student: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(_logits(student, student_logits), chosen, reduction="sum")
+
+    return _mean_over_tokens(
+        cross_entropy, labels != IGNORE_INDEX, _rows(student_logits), labels, chunk=chunk or CHUNK_VALUES // vocabulary
+    )
+
+
+def token_soft_loss(
+    student_logits: TokenLogits,
+    teacher_logits: TokenLogits,
+    mask: torch.Tensor,
+    *,
+    temperature: float,
+    beta: float = 0.0,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """`T² · D(p_T, q_S)`, mean over the tokens that count, in nats and float32, where beta chooses the divergence D.
+
+    | beta | D | |
+    |---|---|---|
+    | 0 | KL(p ‖ q) | forward: q must cover all that p finds likely |
+    | 1 | KL(q ‖ p) | reverse: q must avoid all that p finds unlikely |
+    | between | β · KL(p ‖ m) + (1 − β) · KL(q ‖ m), where m = β · p + (1 − β) · q | generalised Jensen-Shannon |
+
+    From Agarwal et al., "On-Policy Distillation of Language Models" (2023, arXiv 2306.13649), equation 1. JSD(β)
+    itself goes to 0 at both ends: JSD(β) / β tends to KL(p ‖ q) for small β, so 0 and 1 are cases of their own. Where p
+    and q are close, JSD(β) is β · (1 − β) times either KL: its gradient at β = 0.5 is a quarter of theirs.
+    The paper takes the mean within each text first; here, as in trl, each token counts the same. trl's
+    `generalized_jsd_loss` is this loss without the factor T².
+
+    Args:
+        student_logits: `[B, L, V]`, or states and head.
+        teacher_logits: of the same tokens, `[B, L, V]`, or states and head; no gradient reaches them.
+        mask: `[B, L]`, 1 or True for the tokens that count.
+        temperature: T > 0.
+        beta: from 0 to 1.
+        chunk: tokens that are looked at together; None takes as many as have `CHUNK_VALUES` logits.
+
+    Raises:
+        ValueError: shapes or vocabularies do not fit, T is not a finite number above 0, or beta lies outside [0, 1].
+    """
+    require_temperature(temperature)
+    require_beta(beta)
+    vocabulary = _require_tokens("student logits", student_logits, "the mask", mask)
+    require_same_vocabulary(vocabulary, _require_tokens("teacher logits", teacher_logits, "the mask", mask))
+    if isinstance(teacher_logits, StatesAndHead):
+        teacher_logits = StatesAndHead(*(tensor.detach() for tensor in teacher_logits))
+
+    def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        log_q = F.log_softmax(_logits(student, student_logits) / temperature, dim=-1)
+        log_p = F.log_softmax(_logits(teacher, teacher_logits) / temperature, dim=-1)
+        if beta == 0:
+            return _kl(log_p, log_q)
+        if beta == 1:
+            return _kl(log_q, log_p)
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+    return temperature**2 * _mean_over_tokens(
+        divergence,
+        mask,
+        _rows(student_logits),
+        _rows(teacher_logits).detach(),
+        chunk=chunk or CHUNK_VALUES // vocabulary,
+    )
+
+
+def token_soft_loss_top_k(
+    student_logits: TokenLogits,
+    top_logits: torch.Tensor,
+    top_ids: torch.Tensor,
+    log_total: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    temperature: float,
+    tail: bool = True,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """`T² · KL(p_T ‖ q_S)` where only the k likeliest tokens of the teacher are known, mean over the tokens that count.
+
+    With `tail` the missing probability `1 − Σ p_i` stays: all other tokens together are one more outcome, of which the
+    student is told the sum and not how to share it out. Otherwise it is dealt to the k tokens (p is renormalised, and
+    the student taught to give the others nothing). That is biased: Anshumann et al., "Sparse Logit Sampling" (2025,
+    arXiv 2503.16870).
+
+    The tail's mass at T follows from the k logits only together with `log_total`, and that depends on T: from the
+    logits of a cache for T = 1 nobody can tell how flat the tail becomes at T = 2. So a cache serves one temperature.
+
+    Args:
+        student_logits: `[B, L, V]`, or states and head.
+        top_logits: the teacher's k largest logits, `[B, L, k]`.
+        top_ids: their tokens, whole numbers `[B, L, k]`.
+        log_total: the logarithm of the teacher's `Σ exp(z / T)` over the whole vocabulary, `[B, L]`.
+        mask: `[B, L]`, 1 or True for the tokens that count.
+        temperature: T > 0, the one of `log_total`.
+        tail: keep the missing probability as one more outcome; otherwise `log_total` is not used.
+        chunk: tokens that are looked at together; None takes as many as have `CHUNK_VALUES` logits.
+
+    Raises:
+        ValueError: the shapes do not fit, or T is not a finite number above 0.
+    """
+    require_temperature(temperature)
+    vocabulary = _require_tokens("student logits", student_logits, "the mask", mask)
+    k = top_logits.shape[-1]
+    if not top_logits.shape == top_ids.shape == (*mask.shape, k) or log_total.shape != mask.shape or k > vocabulary:
+        raise ValueError(
+            f"top_logits have shape {tuple(top_logits.shape)}, top_ids {tuple(top_ids.shape)} and log_total "
+            f"{tuple(log_total.shape)}; for this mask give {[*mask.shape, 'k']}, the same, and {[*mask.shape]}, with k "
+            f"at most {vocabulary}."
+        )
+
+    def divergence(student: torch.Tensor, top: torch.Tensor, ids: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ids = ids.long()
+        log_q = F.log_softmax(_logits(student, student_logits) / temperature, dim=-1)
+        log_q_top = log_q.gather(-1, ids)
+        log_p_top = top.float() / temperature
+        if not tail or k == vocabulary:
+            return _kl(F.log_softmax(log_p_top, dim=-1), log_q_top)
+        log_p_top = log_p_top - total.float().unsqueeze(-1)
+        p_tail = (1 - log_p_top.exp().sum(dim=-1)).clamp(min=0)
+        # The sum of the others, not 1 minus that of the k: what the student gives to them may be far below 1e-7.
+        log_q_tail = log_q.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
+        return _kl(log_p_top, log_q_top) + (torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail).sum()
+
+    teacher = (tensor.detach() for tensor in (top_logits, top_ids, log_total))
+    return temperature**2 * _mean_over_tokens(
+        divergence, mask, _rows(student_logits), *teacher, chunk=chunk or CHUNK_VALUES // vocabulary
+    )
+
+
+def require_beta(beta: float) -> None:
+    """Refuse a beta outside [0, 1]."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"beta is {beta!r}; give a number between 0 (forward KL) and 1 (reverse KL).")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; give a number between 0 (forward KL) and 1 (reverse KL).")
+
+
+def require_same_vocabulary(student: int, teacher: int) -> None:
+    """Refuse to compare logits of vocabularies of two sizes: there the same position means two different tokens."""
+    if student != teacher:
+        raise ValueError(
+            f"the student's vocabulary has {student:,} tokens, the teacher's {teacher:,}, so their logits can't be "
+            "compared: use one tokenizer for both (and cut heads that are padded beyond it), train the student on "
+            "texts that the teacher writes (sequence level), or compare sorted probabilities (ULD, arXiv 2402.12030)."
+        )
+
+
+def _mean_over_tokens(
+    summed: Callable[..., torch.Tensor], mask: torch.Tensor, *tensors: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """The mean of a loss over the tokens whose mask is set.
+
+    Args:
+        summed: takes rows `[n, …]` of each of the `tensors` and returns the sum of their losses.
+        mask: `[B, L]`.
+        tensors: `[B, L, …]`.
+        chunk: tokens in one call of `summed`, but at least one of each text.
+    """
+
+    def of_chunk(counts: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        return summed(*(part[counts] for part in parts))
+
+    mask = mask.bool()
+    # Cut along the texts' length, so that logits without their last position need not be copied to be cut.
+    length = max(1, chunk // max(1, len(mask)))
+    chunks = list(zip(*(tensor.split(length, dim=1) for tensor in (mask, *tensors)), strict=True))
+    if len(chunks) == 1:  # what it keeps for its gradient is no more than a chunk's anyway
+        total = of_chunk(*chunks[0])
+    else:
+        recomputed = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a loss
+        total = torch.stack([checkpoint(of_chunk, *parts, **recomputed) for parts in chunks]).sum()
+    return total / mask.sum().clamp(min=1)
+
+
+def _rows(logits: TokenLogits) -> torch.Tensor:
+    """What is cut into chunks: logits `[B, L, V]`, or the states `[B, L, H]` that they are made of."""
+    return logits.states if isinstance(logits, StatesAndHead) else logits
+
+
+def _logits(rows: torch.Tensor, source: TokenLogits) -> torch.Tensor:
+    """The logits `[n, V]` of some rows of `source`, in float32."""
+    return (F.linear(rows, source.weight) if isinstance(source, StatesAndHead) else rows).float()
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q), summed over rows."""
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def _require_tokens(whose: str, logits: TokenLogits, name: str, of_tokens: torch.Tensor) -> int:
+    """Refuse what is not one row for each token; returns the size of the vocabulary."""
+    rows = _rows(logits)
+    if rows.ndim != 3 or rows.shape[:2] != of_tokens.shape:
+        raise ValueError(
+            f"{whose} have shape {tuple(rows.shape)} and {name} {tuple(of_tokens.shape)}; give [B, L, V] and [B, L], "
+            "for the same tokens of the same texts."
+        )
+    if not isinstance(logits, StatesAndHead):
+        return rows.shape[-1]
+    if logits.weight.ndim != 2 or logits.weight.shape[1] != rows.shape[-1]:
+        raise ValueError(
+            f"the states have shape {tuple(rows.shape)}, the head's weight {tuple(logits.weight.shape)}; give "
+            "[B, L, H] and [V, H]."
+        )
+    return len(logits.weight)
