@@ -84,7 +84,8 @@ def readme_results() -> str:
 
     return (
         f"The student has {config['train_size']:,} labelled tweets, its teacher {config['teacher_train_size']:,}, "
-        f"those of the student included. After {config['max_steps']:,} optimiser steps, the student of a fine-tuned teacher is "
+        f"those of the student included. After {config['max_steps']:,} optimiser steps, the student of a fine-tuned "
+        "teacher is "
         f"**{gain('tuned_teacher')}** more accurate than the same student trained on the labels alone (95% interval "
         f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the teacher also "
         f"labels {config['transfer_size']:,} more tweets, the *transfer set*. For comparison: labels that are softened "
