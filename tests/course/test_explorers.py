@@ -47,7 +47,7 @@ def shown(explorer: widgets.VBox) -> tuple[bytes, str]:
     assert isinstance(picture, widgets.Image)
     png = bytes(picture.value)
     assert png.startswith(PNG)
-    assert int(picture.width) >= 600
+    assert int(picture.width) >= 500
     return png, said.value
 
 
