@@ -87,13 +87,13 @@ def readme_results() -> str:
         f"those of the student included. After {config['max_steps']:,} optimiser steps, the student of a fine-tuned "
         "teacher is "
         f"**{gain('tuned_teacher')}** more accurate than the same student trained on the labels alone (95% interval "
-        f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the teacher also "
-        f"labels {config['transfer_size']:,} more tweets, the *transfer set*. For comparison: labels that are softened "
-        f"without a teacher (label smoothing) add {gain('label_smoothing')}, a teacher that was not fine-tuned adds "
-        f"{gain('untuned_teacher')}, and four times as many labels add {gain('more_labels')}. All students have the "
+        f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the student "
+        f"also learns the teacher's outputs for {config['transfer_size']:,} tweets without labels, the *transfer set*. "
+        "For comparison: labels that are softened without a teacher (label smoothing) add "
+        f"{gain('label_smoothing')}, a teacher that was not fine-tuned adds {gain('untuned_teacher')}, and four times as many labels add {gain('more_labels')}. All students have the "
         "same first weights and make the same number of steps. Trained on labels alone, the student is at its best "
-        "before the last step. Even compared with its best epoch, the tuned teacher's student is "
-        f"{100 * (distilled - best):.1f} points better on validation. [All results](docs/results.md)."
+        f"before the last step. On validation its best epoch is {100 * (distilled - best):.1f} points below the tuned "
+        "teacher's student. [All results](docs/results.md)."
     )
 
 
