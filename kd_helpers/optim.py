@@ -11,9 +11,9 @@ from transformers import get_linear_schedule_with_warmup
 def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices only (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
-    Biases and LayerNorm's scales are vectors: pulling them towards zero shifts activations without
-    making the function simpler, so BERT's authors leave them out, and so do we. `fused=True` updates
-    a tensor in one pass over memory, on CPU as on GPU.
+    Biases and LayerNorm's scales, which are vectors, are not decayed, as in BERT's own training: there are few of them,
+    and a scale that is pulled towards 0 removes what its layer computes. `fused=True` updates a tensor in one pass over
+    memory, on a CPU as on a GPU.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

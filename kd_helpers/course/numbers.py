@@ -296,19 +296,6 @@ def _costs(rest: str) -> str:
 OTHERS["costs"] = _costs
 
 
-def _best_epoch(rest: str) -> str:
-    """Points on validation by which an arm's last epoch beats another arm's best one: `tuned_teacher - baseline`."""
-    from kd_helpers.experiments.comparison import last_and_best
-
-    arm, _, other = (part.strip() for part in rest.partition(" - "))
-    comparison = _stored("comparison")
-    gain = last_and_best(comparison, arm)[0] - last_and_best(comparison, other)[1]
-    return f"{_written(gain, True)} points"
-
-
-OTHERS["best_epoch"] = _best_epoch
-
-
 def _half_width(rest: str) -> str:
     """Half the width of the 95% interval of an accuracy that is measured on n texts: `ACCURACY, n`."""
     accuracy, n = (float(part) for part in rest.split(","))

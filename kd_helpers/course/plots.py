@@ -12,8 +12,7 @@ from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kd_helpers.experiments.comparison import ARMS
-from kd_helpers.experiments.statistics import mean_interval
+from kd_helpers.experiments.study import means, study_table, titles
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -126,22 +125,22 @@ def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:
     Returns:
         The figure, and its description for those who can't see it.
     """
-    teacher = comparison["teachers"]["tuned"]["accuracy"]
-    figure, axis = plt.subplots(figsize=(7, 0.45 * len(comparison["arms"]) + 1.2))
+    teacher, names = comparison["teachers"]["tuned"]["accuracy"], titles(comparison)
+    by_seed, summary = study_table(comparison, "accuracy"), means(comparison, "accuracy")
+    figure, axis = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2))
+    beside = axis.get_yaxis_transform()
     described = []
-    for row, arm in enumerate(comparison["arms"]):
-        values = [run["accuracy"] for run in comparison["runs"] if run["arm"] == arm]
-        mean, low, high = mean_interval(values)
+    for row, (arm, title) in enumerate(names.items()):
+        mean, low, high = summary.loc[arm]
         axis.plot([low, high], [row, row], color=COLOURS[arm], linewidth=4, alpha=0.4)
-        axis.plot(values, [row] * len(values), "|", color=COLOURS[arm], markersize=11)
+        axis.plot(by_seed[arm], [row] * len(by_seed), "|", color=COLOURS[arm], markersize=11)
         axis.plot(mean, row, "o", color=COLOURS[arm], markersize=8)
-        beside = axis.get_yaxis_transform()
         axis.text(1.02, row, f"{mean:.1%}", color=COLOURS[arm], va="center", transform=beside)
-        described.append(f"{ARMS[arm].title} {mean:.1%} ({low:.1%} to {high:.1%})")
+        described.append(f"{title} {mean:.1%} ({low:.1%} to {high:.1%})")
     axis.axvline(teacher, color=COLOURS["teacher"], linestyle=":")
     axis.text(teacher, -0.8, f"teacher {teacher:.1%} ", color=COLOURS["teacher"], ha="right", va="center")
-    axis.set_yticks(range(len(comparison["arms"])), [ARMS[arm].title for arm in comparison["arms"]])
-    axis.set_ylim(len(comparison["arms"]) - 0.5, -1.2)
+    axis.set_yticks(range(len(names)), list(names.values()))
+    axis.set_ylim(len(names) - 0.5, -1.2)
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.set_xlabel("accuracy on test: seeds, mean, 95% interval")
     return figure, f"Accuracy on test. Teacher {teacher:.1%}; " + "; ".join(described)

@@ -76,21 +76,24 @@ def readme_results() -> str:
     """The README's sentence on the results."""
     stored = comparison.stored_comparison()
     config = stored["choices"]["config"]
-    _, best = comparison.last_and_best(stored, comparison.BASELINE)
-    distilled, _ = comparison.last_and_best(stored, "tuned_teacher")
+    over_best = number(f"validation: tuned_teacher last - {comparison.BASELINE} best, accuracy")
 
     def gain(arm: str, *interval: str) -> str:
         return number(", ".join((f"comparison: {arm} - {comparison.BASELINE}, accuracy", *interval)))
 
     return (
-        f"On these tweets, after {config['max_steps']:,} optimiser steps, the student of a fine-tuned teacher is "
+        f"The student has {config['train_size']:,} labelled tweets, its teacher {config['teacher_train_size']:,}, "
+        f"those of the student included. After {config['max_steps']:,} optimiser steps, the student of a fine-tuned "
+        "teacher is "
         f"**{gain('tuned_teacher')}** more accurate than the same student trained on the labels alone (95% interval "
-        f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the teacher also "
-        f"labels {config['transfer_size']:,} further tweets. For comparison: label smoothing changes the accuracy by "
-        f"{gain('label_smoothing')}, a teacher that was not fine-tuned by {gain('untuned_teacher')}, and four times as "
-        f"many labels by {gain('more_labels')}. All arms have the same number of steps and the same first weights. The "
-        "baseline is at its best before the last step; compared with that, the tuned teacher's student is "
-        f"{100 * (distilled - best):.1f} points better on validation. [All results](docs/results.md)."
+        f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the student "
+        f"also learns the teacher's outputs for {config['transfer_size']:,} tweets without labels, the *transfer set*. "
+        "For comparison: labels that are softened without a teacher (label smoothing) add "
+        f"{gain('label_smoothing')}, a teacher that was not fine-tuned adds {gain('untuned_teacher')}, and four times "
+        f"as many labels add {gain('more_labels')}. All students have the "
+        "same first weights and make the same number of steps. Trained on labels alone, the student is at its best "
+        f"before the last step. On validation its best epoch is {over_best} below the tuned teacher's student. "
+        "[All results](docs/results.md)."
     )
 
 

@@ -25,7 +25,9 @@ def store(paths: Sequence[Path]) -> None:
         refresh(notebook, path)
         before = count_teachers()
         with measured() as cost:
-            NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
+            # One print may arrive in pieces: they are stored as one output.
+            place = {"metadata": {"path": str(path.parent)}}
+            NotebookClient(notebook, timeout=None, coalesce_streams=True, resources=place).execute()
         without_bars(notebook)
         if loud := [cell for cell in notebook.cells if any(o.get("name") == "stderr" for o in cell.get("outputs", []))]:
             raise RuntimeError(f"{path.name} writes to stderr: {loud[0].outputs}")

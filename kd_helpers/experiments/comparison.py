@@ -82,8 +82,10 @@ ARMS: dict[str, Arm] = {
 }
 
 # What the stored comparison was made with. Every arm makes the same number of steps, enough to memorise 2,500 labels
-# (13 epochs) and to see the transfer set more than once.
-COMPARISON = DistillConfig(transfer_size=21_949, max_steps=1000, learning_rate=1e-4, warmup_ratio=0.1)
+# (13 epochs) and to see the transfer set more than once. Alpha is each arm's own, and max_steps decides over epochs.
+COMPARISON = DistillConfig(
+    transfer_size=21_949, max_steps=1000, epochs=3, learning_rate=1e-4, warmup_ratio=0.1, alpha=0.5
+)
 COMPARISON_SEEDS = (0, 1, 2, 3, 4)
 
 

@@ -20,6 +20,7 @@ CHAPTERS = [path.stem for path in notebook_paths()]
 NAMES = ["index", *(path.stem for part in parts(notebook_paths()) for path in part.paths)]
 DESKTOP, PHONE = 1200, 390
 MOST_CODE = 1 / 3
+MOST_PIXELS = 8000  # of a screenshot's height; Chromium sometimes refuses one of 25,000
 
 # The height of the code that is not folded, and that of the page.
 HEIGHTS = """() => [
@@ -81,7 +82,13 @@ def test_a_page_is_as_wide_as_a_phone(visit, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_follows_the_theme_of_the_system(visit, name, width, theme):
     page = visit(name, width=width, color_scheme=theme)
-    page.screenshot(path=artifacts.artifacts_dir() / "browser" / f"site-{name}-{width}-{theme}.png", full_page=True)
+    height = page.evaluate("() => document.documentElement.scrollHeight")
+    for piece, top in enumerate(range(0, height, MOST_PIXELS)):
+        page.screenshot(
+            path=artifacts.artifacts_dir() / "browser" / f"site-{name}-{width}-{theme}-{piece}.png",
+            full_page=True,
+            clip={"x": 0, "y": top, "width": width, "height": min(MOST_PIXELS, height - top)},
+        )
     text, background = (brightness(page, "body", style) for style in ("color", "backgroundColor"))
     assert (text < background) == (theme == "light")
     assert abs(text - background) > 150

@@ -47,7 +47,7 @@ def shown(explorer: widgets.VBox) -> tuple[bytes, str]:
     assert isinstance(picture, widgets.Image)
     png = bytes(picture.value)
     assert png.startswith(PNG)
-    assert int(picture.width) >= 600
+    assert 500 <= int(picture.width) <= 600, "as wide as seven inches: its text is readable on a phone, too"
     return png, said.value
 
 

@@ -150,7 +150,8 @@ def test_text_between_code_is_short(path, notebook):
     body = notebook.cells[3 : next(i for i, cell in enumerate(notebook.cells) if "check" in tags(cell))]
     run = 0
     for cell in body:
-        run = run + len(cell.source.split()) if cell.cell_type == "markdown" else 0
+        read = re.sub(r"<!--.*?-->", "", cell.source)  # nobody sees a marker
+        run = run + len(read.split()) if cell.cell_type == "markdown" else 0
         assert run <= 120, cell.source[:60]
 
 
