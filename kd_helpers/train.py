@@ -53,6 +53,7 @@ from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup, resolve
 from kd_helpers.teacher import attach, fine_tuned_teacher, load_teacher_logits, warn_if_teacher_at_chance
 from kd_helpers.trainer import DistillationTrainer, TeacherStudentCollator, course_metrics, with_teacher_tokens
+from kd_helpers.trainer_arguments import require_json_object
 
 DESCRIPTION = (
     "Distil a student with the Hugging Face Trainer, in one process or, started by accelerate or torchrun, in many. "
@@ -154,7 +155,7 @@ class CourseArguments(TrainingArguments):
             if isinstance(value, (int, float)) and not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} is {value}; give {allowed}.")
         for name in JSON_OBJECTS:
-            _require_json_object(name, getattr(self, name, None))
+            require_json_object(name, getattr(self, name, None))
         for part in self.optim_args.split(",") if self.optim_args else ():
             if part.count("=") != 1:
                 raise ValueError(f"optim_args is {self.optim_args!r}; give name=value, with commas between several.")
@@ -177,14 +178,6 @@ class CourseArguments(TrainingArguments):
         if best not in measured:
             raise ValueError(f"metric_for_best_model is {best!r}; choose one of {', '.join(measured)}.")
         super().__post_init__()
-
-
-def _require_json_object(name: str, value: Any) -> None:
-    """Refuse text that is no JSON object."""
-    with contextlib.suppress(json.JSONDecodeError):
-        if not isinstance(value, str) or isinstance(json.loads(value), dict):
-            return
-    raise ValueError(f"{name} is {value!r}; give a JSON object, as in '{{\"name\": 1}}'.")
 
 
 def _choices() -> type:

@@ -186,8 +186,7 @@ PROBABILITIES = LOGITS.softmax(dim=-1)
 TOKENS = torch.zeros(2, 5, 7)
 ONE_ROW_FOR_EACH = (
     "the logits have shape SHAPE; this loss takes one row of class logits for each example, [N, C]. For the logits of "
-    "tokens, [B, L, V], use the token losses vocabulary_soft_loss and masked_language_loss of "
-    "kd_helpers.methods.hidden_losses, which take a mask."
+    "tokens, [B, L, V], use token_soft_loss and token_hard_loss of kd_helpers.losses, which leave padding out."
 )
 
 LOSSES = [

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from kd_helpers import losses
 from kd_helpers.losses import DistillationLoss, distillation_loss, hard_loss, soft_loss, soft_targets
-from kd_helpers.methods import hidden_losses
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 20.0)
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -215,10 +215,10 @@ def test_logits_that_are_not_one_row_for_each_example_are_refused(shape):
             call()
         sentence = str(caught.value)
         assert sentence.startswith(f"the logits have shape {shape};")
-        for name in ("vocabulary_soft_loss", "masked_language_loss"):
+        for name in ("token_soft_loss", "token_hard_loss"):
             assert name in sentence
-            assert callable(getattr(hidden_losses, name)), "the sentence sends a reader there"
-        assert hidden_losses.__name__ in sentence
+            assert callable(getattr(losses, name)), "the sentence sends a reader there"
+        assert losses.__name__ in sentence
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 5, 7)], ids=str)

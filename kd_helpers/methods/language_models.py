@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -281,6 +282,19 @@ def held_out_nats(model: PreTrainedModel, batches: Iterable[Batch], precision: t
     return summed / count
 
 
+def nats_of_texts(model: PreTrainedModel, texts: Sequence[Text]) -> list[list[float]]:
+    """The negative log-likelihood in nats of every token but the first of each text, in the order of the texts."""
+    found: dict[int, list[float]] = {}
+    with _evaluating(model), torch.no_grad():
+        for batch in held_out_batches(texts):
+            predicted = causal_forward(model, batch)
+            nats = F.cross_entropy(predicted.logits.float().transpose(1, 2), predicted.labels, reduction="none")
+            lengths = predicted.mask.sum(dim=1).tolist()
+            rows = zip(batch["id"].tolist(), nats.tolist(), lengths, strict=True)
+            found |= {text: values[:length] for text, values, length in rows}
+    return [found[id_of(text)] for text in texts]
+
+
 @contextlib.contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """The model in eval mode, without dropout, and afterwards in the mode that it was in."""
@@ -329,7 +343,7 @@ def write_texts(
             range.
     """
     require_whole("batch_size", batch_size, minimum=1)
-    _require_writable(model, prompts, new_tokens, temperature)
+    require_writable(model, prompts, new_tokens, temperature)
     draws = torch.from_numpy(np.random.default_rng(seed).random((len(prompts), new_tokens), dtype=np.float32))
     texts = [list(prompt) for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -383,7 +397,8 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -
     return torch.searchsorted(bounds, (draws * bounds[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
 
 
-def _require_writable(model: PreTrainedModel, prompts: Sequence[Text], new_tokens: int, temperature: float) -> None:
+def require_writable(model: PreTrainedModel, prompts: Sequence[Text], new_tokens: int, temperature: float) -> None:
+    """Refuse what `write_texts` can't write; its arguments."""
     require_whole("new_tokens", new_tokens, minimum=1)
     if temperature != 0:
         require_temperature(temperature)
@@ -537,7 +552,7 @@ def on_policy_loss_of(
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; give the share of batches that the student writes, between 0 and 1.")
     require_whole("prompt_tokens", prompt_tokens, minimum=1)
-    _require_writable(student, [range(prompt_tokens)], new_tokens, sampling_temperature)
+    require_writable(student, [range(prompt_tokens)], new_tokens, sampling_temperature)
     soft_of = _online_soft_loss(student, teacher, temperature, beta)
 
     def loss_of(batch: Batch) -> DistillationLoss:
@@ -546,28 +561,116 @@ def on_policy_loss_of(
         moment = [seed, int(batch["step"])]
         if np.random.default_rng([*moment, 1]).random() >= share:
             return offline(batch)
-        texts = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(dim=1).tolist(), strict=True)
-        prompts = [ids[: min(prompt_tokens, length - 1)] for ids, length in texts]
-        written = padded(
-            write_texts(
-                student,
-                prompts,
-                new_tokens=new_tokens,
-                temperature=sampling_temperature,
-                seed=moment,
-                end_id=end_id,
-            )
+        written, counts = written_by_student(
+            student,
+            batch,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            temperature=sampling_temperature,
+            seed=moment,
+            end_id=end_id,
         )
-        places = torch.arange(written["input_ids"].shape[1])
-        given = places < torch.tensor([[len(prompt)] for prompt in prompts])
-        own = causal_forward(student, written, written["attention_mask"].masked_fill(given, 0))
+        own = causal_forward(student, written, counts)
         soft = soft_of(own, written)
         return DistillationLoss(soft, soft, torch.zeros_like(soft))
 
     return loss_of
 
 
-# --- cached teacher logits ---
+def written_by_student(
+    student: PreTrainedModel,
+    batch: Batch,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float,
+    seed: Sequence[int],
+    end_id: int | None,
+) -> tuple[Batch, torch.Tensor]:
+    """Let a student go on from the first tokens of a batch's texts.
+
+    Args:
+        student: writes.
+        batch: `input_ids` and `attention_mask` `[B, L]`, padded on either side.
+        prompt_tokens: that it is given of each text; of a shorter text, all but its last token.
+        new_tokens: see `write_texts`, as for the others.
+        temperature: divides the logits.
+        seed: several whole numbers.
+        end_id: the token that ends a text.
+
+    Returns:
+        The texts as `padded` makes them, on the CPU, and 1 for the tokens that the student wrote, `[B, L]`.
+    """
+    rows = zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool(), strict=True)
+    texts = [ids[is_token].tolist() for ids, is_token in rows]
+    prompts = [text[: max(1, min(prompt_tokens, len(text) - 1))] for text in texts]
+    written = padded(
+        write_texts(student, prompts, new_tokens=new_tokens, temperature=temperature, seed=seed, end_id=end_id)
+    )
+    places = torch.arange(written["input_ids"].shape[1])
+    given = places < torch.tensor([[len(prompt)] for prompt in prompts])
+    return written, written["attention_mask"].masked_fill(given, 0)
+
+
+# --- what a teacher has done once ---
+
+
+def cached_texts(
+    teacher: PreTrainedModel,
+    prompts: Sequence[Text],
+    *,
+    new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    end_id: int | None = None,
+    root: Path | None = None,
+) -> list[list[int]]:
+    """`write_texts`, found again in the cache or written and kept there: the texts of sequence-level distillation.
+
+    They are stored under a fingerprint of the teacher's weights and configuration, the prompts, what was asked for and
+    the code. An interrupted pass goes on after the last `SHARD` texts that were finished.
+
+    Args:
+        teacher: frozen.
+        prompts: see `write_texts`, as are the others.
+        new_tokens: that are written after each prompt, at most.
+        temperature: divides the logits.
+        seed: a whole number of at least 0.
+        end_id: the token that ends a text.
+        root: the artifacts folder that holds the cache; `artifacts_dir()` when left out.
+
+    Raises:
+        ValueError: see `write_texts`; or the teacher is in train mode.
+    """
+    require_eval_mode(teacher)
+    asked = {"new_tokens": new_tokens, "temperature": temperature, "end_id": end_id}
+    key = artifacts.fingerprint(
+        {
+            **made_by("kd_helpers.methods.language_models"),
+            "teacher": model_digest(teacher),
+            "prompts": [list(prompt) for prompt in prompts],
+            "asked": [*asked.values(), seed],
+        }
+    )
+    root = artifacts.artifacts_dir() if root is None else root
+    folder, shards = root / "teacher_texts" / key, root / "checkpoints" / key
+
+    def write_some(number: int, some: Sequence[Text], target: Path) -> None:
+        artifacts.save_json(target / "texts.json", write_texts(teacher, some, seed=[seed, number], **asked))
+
+    def write(target: Path) -> None:
+        texts = []
+        with tqdm(total=len(prompts), desc="The teacher writes", unit="text", leave=False) as bar:
+            for number, start in enumerate(range(0, len(prompts), SHARD)):
+                some = prompts[start : start + SHARD]
+                artifacts.get_or_build(shards / f"{number:06d}", functools.partial(write_some, number, some))
+                texts += artifacts.load_json(shards / f"{number:06d}" / "texts.json")
+                bar.update(len(some))
+        artifacts.save_json(target / "texts.json", texts)
+
+    artifacts.get_or_build(folder, write)
+    shutil.rmtree(shards, ignore_errors=True)
+    return artifacts.load_json(folder / "texts.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -741,6 +844,7 @@ def train_causal_model(
     learning_rate: float = LEARNING_RATE,
     precision: torch.dtype = torch.float32,
     validate: Callable[[], dict[str, float]] | None = None,
+    after_step: Callable[[int], None] | None = None,
     checkpoints: Path | None = None,
     checkpoint_steps: int = 0,
     description: str | None = "Training the language model",
@@ -755,6 +859,7 @@ def train_causal_model(
         learning_rate: its peak, after a twentieth of the steps.
         precision: of the matrix products; losses are always float32.
         validate: see `loop.fit`.
+        after_step: see `loop.fit`.
         checkpoints: see `loop.fit`.
         checkpoint_steps: see `loop.fit`.
         description: of the progress bar; None shows none.
@@ -775,6 +880,7 @@ def train_causal_model(
         scheduler=functools.partial(make_scheduler, steps=steps, warmup_ratio=0.05),
         precision=precision,
         validate=validate,
+        after_step=after_step,
         checkpoints=checkpoints,
         checkpoint_steps=checkpoint_steps,
         description=description,

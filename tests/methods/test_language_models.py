@@ -24,6 +24,7 @@ from kd_helpers.methods.language_models import (
     CausalShape,
     LossOf,
     TopLogits,
+    cached_texts,
     cached_top_logits,
     causal_batches,
     causal_forward,
@@ -34,6 +35,7 @@ from kd_helpers.methods.language_models import (
     held_out_nats,
     id_of,
     make_causal_model,
+    nats_of_texts,
     next_tokens,
     on_policy_loss_of,
     padded,
@@ -880,3 +882,57 @@ def test_a_teacher_that_diverged_is_not_cached(own_artifacts):
         "the teacher's logits are not all finite; it diverged, so train it anew.",
     )
     assert not list(own_artifacts.glob("teacher_top_logits/[!.]*"))
+
+
+# --- texts that a teacher has written once ---
+
+
+def test_cached_texts_are_those_that_the_teacher_writes(teacher, own_artifacts, monkeypatch):
+    prompts = [TEXTS[0][:3], TEXTS[1][:2], TEXTS[2][:3]]
+    asked = {"new_tokens": 6, "temperature": 0.7}
+    first = cached_texts(teacher, prompts, seed=5, **asked)
+    assert first == write_texts(teacher, prompts, seed=[5, 0], **asked)
+    monkeypatch.setattr(language_models, "write_texts", None)  # so that nothing can be written any more
+    assert cached_texts(teacher, prompts, seed=5, **asked) == first
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"temperature": 0.8}, {"new_tokens": 5}, {"prompts": [[1], [2]]}])
+def test_other_choices_write_other_texts(teacher, own_artifacts, change):
+    choices = {"prompts": [[1], [1], [2], [3]], "new_tokens": 6, "temperature": 0.7, "seed": 5}
+    first = cached_texts(teacher, **choices)
+    assert cached_texts(teacher, **choices | change) != first
+    assert len(list((own_artifacts / "teacher_texts").glob("*/texts.json"))) == 2
+
+
+def test_an_interrupted_pass_goes_on_with_the_next_texts(teacher, own_artifacts, monkeypatch):
+    prompts = [[token] for token in range(1, 7)]
+    monkeypatch.setattr(language_models, "SHARD", 2)
+    whole = cached_texts(teacher, prompts, new_tokens=4, root=own_artifacts / "undisturbed")
+    calls, real = [], language_models.write_texts
+
+    def breaks_down(model, some, **options):
+        calls.append(some)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(model, some, **options)
+
+    monkeypatch.setattr(language_models, "write_texts", breaks_down)
+    with pytest.raises(KeyboardInterrupt):
+        cached_texts(teacher, prompts, new_tokens=4)
+    assert cached_texts(teacher, prompts, new_tokens=4) == whole
+    assert calls == [prompts[:2], prompts[2:4], prompts[4:], prompts[4:]]
+
+
+def test_a_teacher_in_train_mode_writes_nothing(own_artifacts):
+    with pytest.raises(ValueError, match="train mode"):
+        cached_texts(tiny(seed=1).train(), [[1]], new_tokens=2)
+
+
+def test_nats_of_texts_keep_their_order_and_the_mode(teacher):
+    model = tiny(seed=2).train()
+    mixed = [TEXTS[0], TEXTS[1][:3], TEXTS[2]]
+    nats = nats_of_texts(model, mixed)
+    for text, values in zip(mixed, nats, strict=True):
+        log_p = torch.log_softmax(model(torch.tensor([list(text)])).logits[0].double(), dim=-1)
+        assert values == pytest.approx([-log_p[i, text[i + 1]].item() for i in range(len(text) - 1)], rel=1e-4)
+    assert model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import DataCollatorWithPadding, TrainingArguments
 
@@ -15,9 +16,9 @@ def collator(tokenizer) -> DataCollatorWithPadding:
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
 
 
-def arguments(folder: Path, **changes) -> TrainingArguments:
+def usual(folder: Path) -> dict[str, Any]:
     """One epoch over the texts in their order, every step logged."""
-    usual = {
+    return {
         "output_dir": str(folder),
         "num_train_epochs": 1,
         "per_device_train_batch_size": 32,
@@ -30,4 +31,7 @@ def arguments(folder: Path, **changes) -> TrainingArguments:
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return TrainingArguments(**usual | changes)
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(**usual(folder) | changes)
