@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run run-all site test coverage test-longer test-browser lint format notebooks results sweep study benchmark publish lab clean
+.PHONY: help run run-all site test coverage test-longer test-browser lint format notebooks results sweep study stories benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,6 +74,9 @@ study: $(READY) ## make the studies of notebooks 10 to 12 again, an hour and a h
 	$(BIN)/python -m kd_helpers study dark_knowledge
 	$(BIN)/python -m kd_helpers study distilbert
 	$(BIN)/python -m kd_helpers study tinybert
+
+stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, about an hour; resumes where it stopped
+	$(BIN)/python -m kd_helpers stories
 
 benchmark: $(READY) ## time the loop against the usual ways, about a quarter of an hour on an idle machine
 	$(BIN)/python -m kd_helpers benchmark --compile --out kd_helpers/experiments/results

@@ -37,6 +37,10 @@ COMMANDS = {
         "kd_helpers.experiments.study",
         "Make one of the course's studies again: the comparison of chapter 06, or a paper's.",
     ),
+    "stories": Command(
+        "kd_helpers.experiments.written_stories",
+        "Let a language model write the stories again that come with the package.",
+    ),
     "benchmark": Command("kd_helpers.experiments.benchmark", "Measure how fast the training loop is on this machine."),
     "course": Command("kd_helpers.course.commands", "Run, store and publish the notebooks of the course."),
 }

