@@ -27,7 +27,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd_helpers.course import plots
 from kd_helpers.data import mask
 from kd_helpers.experiments.comparison import ARMS
-from kd_helpers.experiments.sweep import surface
 from kd_helpers.losses import IGNORE_INDEX, distillation_loss, soft_targets
 from kd_helpers.models import model_inputs
 
@@ -400,6 +399,8 @@ def sweep_cells(table: pd.DataFrame, metric: str, quantity: str) -> pd.DataFrame
         metric: one of its columns.
         quantity: a key of `QUANTITIES`.
     """
+    from kd_helpers.experiments.sweep import surface  # it takes a second to import, and most chapters have no sweep
+
     finished = table.dropna(subset=[metric])
     if quantity in ("mean", "half"):
         return surface(finished, metric)[quantity == "half"]
