@@ -148,7 +148,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The operating system releases the lock of a process that dies, so a stale lock cannot block anyone.
     """
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = _lock(folder)
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -156,6 +156,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_being_made(folder: Path) -> bool:
+    """Whether another process holds the lock of `folder` at this moment (see `locked`)."""
+    lock = _lock(folder)
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            return True
+    lock.release()
+    return False
+
+
+def _lock(folder: Path) -> filelock.BaseFileLock:
+    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
 def require_same(folder: Path, provenance: dict[str, Any]) -> None:

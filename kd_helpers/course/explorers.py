@@ -28,6 +28,8 @@ from kd_helpers.course import plots
 from kd_helpers.data import mask
 from kd_helpers.experiments.comparison import ARMS
 from kd_helpers.losses import IGNORE_INDEX, distillation_loss, soft_targets
+from kd_helpers.methods.language_models import write_texts
+from kd_helpers.methods.stories import score_story
 from kd_helpers.models import model_inputs
 
 MOST_CLASSES = 10  # as many have room in a figure
@@ -340,18 +342,9 @@ def predictions_explorer(
         ValueError: there is no model, one has a name without a colour, other classes than `label_names`, or fewer
             tokens than the tokenizer.
     """
-    if not models:
-        raise ValueError("there are no models to run; give at least one, by name.")
-    for name, model in models.items():
-        if name not in plots.COLOURS:
-            raise ValueError(
-                f"{name!r} has no colour in this course; name the model one of {', '.join(plots.COLOURS)}."
-            )
+    _require_models(models, tokenizer)
+    for model in models.values():
         _require_names(label_names, model.config.num_labels)
-        if len(tokenizer) > (known := model.get_input_embeddings().num_embeddings):
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer):,} tokens, {name} knows {known:,}; give the models' own tokenizer."
-            )
     sentence = widgets.Text(
         value=start, placeholder="Type a sentence", description="Text", continuous_update=False, layout={"width": "95%"}
     )
@@ -361,6 +354,109 @@ def predictions_explorer(
             class_probabilities(models, tokenizer, text, max_length=max_length) if text.strip() else {}, label_names
         ),
     )
+
+
+# Stories
+
+
+def stories_told(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    beginning: str,
+    *,
+    temperature: float,
+    seed: int,
+    new_tokens: int,
+) -> dict[str, str]:
+    """The same beginning, continued by each causal model with the same random numbers: whole texts by name."""
+    prompt = tokenizer(beginning)["input_ids"][:-1]  # without the token that ends a text
+    found = {}
+    for name, model in models.items():
+        (written,) = write_texts(
+            model, [prompt], new_tokens=new_tokens, temperature=temperature, seed=seed, end_id=tokenizer.eos_token_id
+        )
+        found[name] = tokenizer.decode(written, skip_special_tokens=True)
+    return found
+
+
+@_course_look()
+def stories_figure(told: Mapping[str, str], verdicts: Mapping[str, str]) -> tuple[Figure, str]:
+    """The models' texts, one below the other.
+
+    Args:
+        told: texts by the models' names.
+        verdicts: what is said of each text behind its model's name; may lack any.
+
+    Returns:
+        The figure, and its description in words: the texts.
+    """
+    lines = {name: textwrap.wrap(text, 62) or ["(nothing)"] for name, text in told.items()}
+    rows = sum(len(wrapped) + 2 for wrapped in lines.values())
+    figure = Figure(figsize=(7, 0.22 * rows + 0.1))
+    top = 0.5
+    for name, wrapped in lines.items():
+        title = _heading(name, verdicts)
+        figure.text(0.02, 1 - top / rows, title, va="center", fontsize=13, color=plots.COLOURS[name], weight="bold")
+        for row, line in enumerate(wrapped, start=1):
+            figure.text(0.02, 1 - (top + row) / rows, line, va="center", fontsize=12)
+        top += len(wrapped) + 2
+    return figure, " ".join(f"{_heading(name, verdicts)}: {text}" for name, text in told.items())
+
+
+def _heading(name: str, verdicts: Mapping[str, str]) -> str:
+    """A model's name and what is said of its text."""
+    title = name.replace("_", " ").capitalize()
+    return f"{title} ({verdicts[name]})" if verdicts.get(name) else title
+
+
+def story_verdict(text: str) -> str:
+    """What the parser of chapter 13 says of a text, in a few words."""
+    score = score_story(text)
+    if score.coherent:
+        return "coherent"
+    wrong = [name for name, right in score._asdict().items() if name not in ("grammar", "coherent") and not right]
+    wrong = ["grammar"] * (score.grammar < 1) + wrong
+    return f"wrong: {', '.join(wrong)}"
+
+
+def story_explorer(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    start: str = "",
+    new_tokens: int = 160,
+    judge: Callable[[str], str] = story_verdict,
+) -> widgets.VBox:
+    """Type how a story begins, choose the temperature of the sampling, and see how each model goes on.
+
+    Args:
+        models: causal language models by name; the names are keys of `plots.COLOURS`.
+        tokenizer: the one that belongs to all of them (see `methods.stories.story_tokenizer`).
+        start: the beginning at first; empty lets the models begin.
+        new_tokens: that each model writes, at most.
+        judge: what to say of a text.
+
+    Raises:
+        ValueError: there is no model, one has a name without a colour or fewer tokens than the tokenizer.
+    """
+    _require_models(models, tokenizer)
+    beginning = widgets.Text(
+        value=start,
+        placeholder="Type how the story begins",
+        description="Beginning",
+        continuous_update=False,
+        layout={"width": "95%"},
+    )
+    heat = widgets.FloatSlider(value=1.0, min=0.0, max=2.0, step=0.1, description="T", continuous_update=False)
+    number = widgets.IntSlider(value=0, min=0, max=19, description="Story", continuous_update=False)
+
+    def draw(text: str, temperature: float, seed: int) -> tuple[Figure, str]:
+        room = min(model.config.max_position_embeddings for model in models.values()) - new_tokens
+        cut = tokenizer.decode(tokenizer(text.strip())["input_ids"][:room], skip_special_tokens=True)
+        told = stories_told(models, tokenizer, cut, temperature=temperature, seed=seed, new_tokens=new_tokens)
+        return stories_figure(told, {name: judge(text) for name, text in told.items()})
+
+    return _explorer([beginning, heat, number], draw)
 
 
 # A sweep
@@ -544,6 +640,20 @@ def _left_out(shown: int, classes: int, rest: str = "") -> str:
     if shown == classes:
         return ""
     return f" Shown: {shown} of {classes} classes{f'; the others have {rest}' if rest else ''}."
+
+
+def _require_models(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
+    if not models:
+        raise ValueError("there are no models to run; give at least one, by name.")
+    for name, model in models.items():
+        if name not in plots.COLOURS:
+            raise ValueError(
+                f"{name!r} has no colour in this course; name the model one of {', '.join(plots.COLOURS)}."
+            )
+        if len(tokenizer) > (known := model.get_input_embeddings().num_embeddings):
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer):,} tokens, {name} knows {known:,}; give the models' own tokenizer."
+            )
 
 
 def _require_names(label_names: Sequence[str], classes: int) -> None:

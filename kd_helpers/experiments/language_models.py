@@ -42,6 +42,7 @@ from kd_helpers.provenance import made_by
 MODULE = "kd_helpers.experiments.language_models"
 BASELINE = "baseline"
 SEEDS = (0, 1, 2, 3, 4)
+BATCH_SIZE = 8  # at equal cost, many small steps teach these small models more than few large ones
 QUARTERS = 4  # of a text, for what changes along it
 
 
@@ -177,8 +178,8 @@ SIZES = {
     for width, rate in RATES.items()
     for depth in (1, 2, 4)
 }
-SIZE_STEPS = 1536
-SIZE_EVERY = 384
+SIZE_STEPS = 4096
+SIZE_EVERY = 512
 
 
 def sizes_study(
@@ -200,7 +201,7 @@ def sizes_study(
 
         history = trained(
             model,
-            causal_batches(texts.teacher, seed=seed),
+            causal_batches(texts.teacher, BATCH_SIZE, seed=seed),
             cross_entropy_loss(model),
             steps=steps,
             learning_rate=size.learning_rate,
@@ -209,7 +210,13 @@ def sizes_study(
         )
         return {"parameters": count_parameters(model), "history": history, **history[-1]}
 
-    choices = {"corpus": dataclasses.asdict(corpus), "steps": steps, "every": every, "written": written}
+    choices = {
+        "corpus": dataclasses.asdict(corpus),
+        "steps": steps,
+        "every": every,
+        "written": written,
+        "batch_size": BATCH_SIZE,
+    }
     return Study("story_sizes", MODULE, SIZES, SEEDS, choices, run)
 
 
@@ -221,19 +228,23 @@ class Lesson:
     """What an arm's student learns from.
 
     Attributes:
-        texts: "student", the few that it has; "written", as many that the teacher wrote; or "teacher", all that the
-            teacher has learned.
+        texts: "student", the few that it has; "written", as many that the teacher wrote; "many written", as many as the
+            teacher has learned; or "teacher", those that the teacher has learned.
         alpha: weight of the soft loss; 0 needs no teacher.
         beta: its divergence, 0 forward KL, 1 reverse KL.
-        on_policy: share of the steps, the last ones, that it makes on texts of its own, by reverse KL.
+        ending: what changes in the last quarter of the steps: nothing, "reverse" (reverse KL on the same texts) or
+            "on policy" (reverse KL on texts that the student writes).
         times: its steps, as a multiple of those of the others.
     """
 
     texts: str = "student"
     alpha: float = 0.0
     beta: float = 0.0
-    on_policy: float = 0.0
+    ending: str = ""
     times: int = 1
+
+
+ENDING = 0.25  # share of the steps
 
 
 ARMS = {
@@ -242,17 +253,19 @@ ARMS = {
     "forward": Arm("Forward KL", Lesson(alpha=1.0)),
     "jsd": Arm("JSD(½)", Lesson(alpha=1.0, beta=0.5)),
     "reverse": Arm("Reverse KL", Lesson(alpha=1.0, beta=1.0)),
-    "on_policy": Arm("Forward KL, then on-policy reverse KL", Lesson(alpha=1.0, on_policy=0.25)),
-    "sequence": Arm("Sequence level: texts the teacher wrote", Lesson("written")),
-    "sequence_forward": Arm("Forward KL on texts the teacher wrote", Lesson("written", alpha=1.0)),
-    "longer": Arm("Baseline with twice the steps", Lesson(times=2)),
-    "more_texts": Arm("Baseline with all the teacher's texts", Lesson("teacher")),
-    "more_texts_forward": Arm("Forward KL on all the teacher's texts", Lesson("teacher", alpha=1.0)),
+    "forward_reverse": Arm("Forward KL, then reverse KL", Lesson(alpha=1.0, ending="reverse")),
+    "on_policy": Arm("Forward KL, then reverse KL on own texts", Lesson(alpha=1.0, ending="on policy")),
+    "sequence": Arm("Texts the teacher wrote", Lesson("written")),
+    "sequence_forward": Arm("Texts the teacher wrote, forward KL", Lesson("written", alpha=1.0)),
+    "sequence_many": Arm("Many texts the teacher wrote", Lesson("many written")),
+    "longer": Arm("Baseline, twice the steps", Lesson(times=2)),
+    "more_texts": Arm("Baseline, all the teacher's texts", Lesson("teacher")),
+    "more_texts_forward": Arm("Forward KL, all the teacher's texts", Lesson("teacher", alpha=1.0)),
 }
 TWEETS = Corpus("tweets", teacher_texts=24_000, student_texts=1500, held_out=512, vocabulary=1024, positions=64)
 WRITTEN = Corpus("written", teacher_texts=4_000, student_texts=256, held_out=256, vocabulary=1024, positions=256)
 REAL_ARMS = (BASELINE, "half_forward", "forward", "reverse", "sequence", "more_texts")
-TEACHER = Size(width=192, depth=4, learning_rate=3e-3)
+TEACHER = Size(width=128, depth=4, learning_rate=5e-3)
 STUDENT = Size(width=64, depth=2, learning_rate=1e-2)
 TOP = 32  # logits of the teacher that are cached for each token
 
@@ -262,6 +275,7 @@ class Training:
     """How long teacher and student are trained, and what of the student is measured.
 
     Attributes:
+        batch_size: texts of a batch.
         teacher_steps: optimiser steps of the teacher.
         steps: of the student.
         every: steps between two measurements on held-out texts.
@@ -269,14 +283,15 @@ class Training:
         written: texts that a student writes in the end.
     """
 
-    teacher_steps: int = 2048
-    steps: int = 512
-    every: int = 64
+    batch_size: int = BATCH_SIZE
+    teacher_steps: int = 4096
+    steps: int = 2048
+    every: int = 256
     prompt_tokens: int = 8
     written: int = 256
 
 
-def language_teacher(texts: Texts, corpus: Corpus, *, steps: int) -> PreTrainedModel:
+def language_teacher(texts: Texts, corpus: Corpus, *, steps: int, batch_size: int = BATCH_SIZE) -> PreTrainedModel:
     """The teacher of a corpus, frozen: found again, or trained (seed 0) and kept."""
     key = artifacts.fingerprint(
         {
@@ -285,13 +300,14 @@ def language_teacher(texts: Texts, corpus: Corpus, *, steps: int) -> PreTrainedM
             "texts": artifacts.fingerprint({"texts": texts.teacher}),
             "size": dataclasses.asdict(TEACHER),
             "steps": steps,
+            "batch_size": batch_size,
         }
     )
     folder = artifacts.artifacts_dir() / "story_teachers" / key
     model = make_causal_model(TEACHER.shape(corpus), seed=0)
 
     def train(target: Path) -> None:
-        batches = causal_batches(texts.teacher, seed=0)
+        batches = causal_batches(texts.teacher, batch_size, seed=0)
         checkpoints = artifacts.artifacts_dir() / "checkpoints" / key
         train_causal_model(
             model,
@@ -333,41 +349,43 @@ def language_models_study(
 
     @functools.cache
     def teacher() -> PreTrainedModel:
-        return language_teacher(texts, corpus, steps=training.teacher_steps)
+        return language_teacher(texts, corpus, steps=training.teacher_steps, batch_size=training.batch_size)
 
     def learned(lesson: Lesson) -> list[Text]:
-        if lesson.texts != "written":
-            return {"student": texts.student, "teacher": texts.teacher}[lesson.texts]
+        given = {"student": texts.student, "teacher": texts.teacher}
+        if lesson.texts in given:
+            return given[lesson.texts]
+        count = len({"written": texts.student, "many written": texts.teacher}[lesson.texts])
         begin, end = texts.tokenizer.bos_token_id, texts.tokenizer.eos_token_id
-        return cached_texts(
-            teacher(), [[begin]] * len(texts.student), new_tokens=corpus.positions - 1, seed=0, end_id=end
-        )
+        return cached_texts(teacher(), [[begin]] * count, new_tokens=corpus.positions - 1, seed=0, end_id=end)
 
     def loss_of(student: PreTrainedModel, lesson: Lesson, learned: list[Text], seed: int) -> LossOf:
         if lesson.alpha == 0:
             return cross_entropy_loss(student)
         signal = cached_top_logits(teacher(), learned, k=TOP) if lesson.beta == 0 else teacher()
         offline = distillation_loss_of(student, signal, alpha=lesson.alpha, beta=lesson.beta)
-        if lesson.on_policy == 0:
+        if not lesson.ending:
             return offline
-        own = on_policy_loss_of(
+        reverse = distillation_loss_of(student, teacher(), alpha=1.0, beta=1.0)
+        on_policy = on_policy_loss_of(
             student,
             teacher(),
-            offline,
+            reverse,
             share=1.0,
             prompt_tokens=training.prompt_tokens,
             new_tokens=corpus.positions - training.prompt_tokens,
             seed=seed,
             end_id=texts.tokenizer.eos_token_id,
         )
-        return in_turn(offline, own, at=round((1 - lesson.on_policy) * training.steps * lesson.times))
+        then = {"reverse": reverse, "on policy": on_policy}[lesson.ending]
+        return in_turn(offline, then, at=round((1 - ENDING) * training.steps * lesson.times))
 
     def run(lesson: Lesson, seed: int, _folder: Path) -> dict[str, Any]:
         student = make_causal_model(STUDENT.shape(corpus), seed=seed)
         given = learned(lesson)
         history = trained(
             student,
-            causal_batches(given, seed=seed),
+            causal_batches(given, training.batch_size, seed=seed),
             loss_of(student, lesson, given, seed),
             steps=training.steps * lesson.times,
             learning_rate=STUDENT.learning_rate,
@@ -383,6 +401,7 @@ def language_models_study(
         "teacher": dataclasses.asdict(TEACHER),
         "student": dataclasses.asdict(STUDENT),
         "top": TOP,
+        "ending": ENDING,
     }
     return Study(name, MODULE, {arm: ARMS[arm] for arm in arms}, seeds, choices, run)
 
@@ -415,12 +434,11 @@ def _mean_by_quarter(of_texts: Sequence[Sequence[float]]) -> list[float]:
     return [sum(values) / len(values) for values in quarters]
 
 
-def study_of(corpus: Corpus, **options: Any) -> dict[str, Any]:
+def study_of(corpus: Corpus, training: Training = Training(), **options: Any) -> dict[str, Any]:
     """A study of a corpus, with what is measured of its teacher: `teacher`, and `floor` (see `Texts`)."""
-    study = language_models_study(corpus, **options)
-    training = Training(**study.choices["training"])
+    study = language_models_study(corpus, training, **options)
     texts = load_texts(corpus)
-    teacher = language_teacher(texts, corpus, steps=training.teacher_steps)
+    teacher = language_teacher(texts, corpus, steps=training.teacher_steps, batch_size=training.batch_size)
     own = write_own(teacher, texts, corpus, count=training.written, seed=0)
     measures = {
         "parameters": count_parameters(teacher),
@@ -438,7 +456,7 @@ def study() -> dict[str, Any]:
         What `study_of` returns for made stories, with `tweets` and `written`, the same for those, and `sizes`.
     """
     return study_of(Corpus()) | {
-        "tweets": study_of(TWEETS, arms=REAL_ARMS, name="tweets"),
+        "tweets": study_of(TWEETS, Training(batch_size=32), arms=REAL_ARMS, name="tweets"),
         "written": study_of(WRITTEN, arms=REAL_ARMS, name="written"),
         "sizes": run_study(sizes_study()) | {"floor": load_texts(Corpus()).floor},
     }

@@ -1,7 +1,8 @@
 """Studies: several arms, each run with several seeds, stored with their provenance and compared seed by seed.
 
 Every comparison of the course is a study: that of chapter 06 and those of chapters 10 to 12. A run that is finished is
-found again, so an interrupted study continues where it stopped.
+found again, so an interrupted study continues where it stopped, and two processes that make the same study at the same
+time share its runs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kd_helpers.experiments.statistics import intervals
 from kd_helpers.provenance import made_by, source_digest, versions
 
 # The studies that `kd-helpers study NAME` makes: modules with a function `study`, whose result is stored by that name.
-STUDIES = ("comparison", "dark_knowledge", "distilbert", "tinybert")
+STUDIES = ("comparison", "dark_knowledge", "distilbert", "tinybert", "language_models")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +76,8 @@ def run_arm(study: Study, arm: str, seed: int) -> dict[str, Any]:
     Returns:
         `arm`, `seed`, the measures, and `folder`, where under `artifacts/` the files of this run are.
     """
-    provenance = {
-        **made_by(study.module),
-        "study": study.name,
-        "arm": study.arms[arm].to_dict(),
-        "seed": seed,
-        "choices": dict(study.choices),
-    }
-    folder = artifacts.artifacts_dir() / "studies" / artifacts.fingerprint(provenance)
+    provenance = _provenance(study, arm, seed)
+    folder = _folder(provenance)
 
     def run(target: Path) -> None:
         measures = study.run(study.arms[arm].recipe, seed, target)
@@ -94,16 +89,32 @@ def run_arm(study: Study, arm: str, seed: int) -> dict[str, Any]:
     return {"arm": arm, "seed": seed, **measures, "folder": folder.relative_to(artifacts.artifacts_dir()).as_posix()}
 
 
+def _provenance(study: Study, arm: str, seed: int) -> dict[str, Any]:
+    return {
+        **made_by(study.module),
+        "study": study.name,
+        "arm": study.arms[arm].to_dict(),
+        "seed": seed,
+        "choices": dict(study.choices),
+    }
+
+
+def _folder(provenance: Mapping[str, Any]) -> Path:
+    return artifacts.artifacts_dir() / "studies" / artifacts.fingerprint(provenance)
+
+
 def run_study(study: Study) -> dict[str, Any]:
-    """Run every arm with every seed.
+    """Run every arm with every seed, first those that no other process is running.
 
     Returns:
         Ready for JSON: `made_with` (see there), `choices`, `arms` (title and recipe by name), `seeds`, and `runs` (see
         `run_arm`).
     """
     plan = list(itertools.product(study.seeds, study.arms))
-    bar = tqdm(plan, desc=f"Study {study.name}", unit="run", leave=False)
-    runs = [run_arm(study, arm, seed) for seed, arm in bar]
+    for seed, arm in tqdm(plan, desc=f"Study {study.name}", unit="run", leave=False):
+        if not artifacts.is_being_made(_folder(_provenance(study, arm, seed))):
+            run_arm(study, arm, seed)
+    runs = [run_arm(study, arm, seed) for seed, arm in plan]  # found again, or waited for
     return {
         "made_with": made_with(study.module),
         "choices": dict(study.choices),
@@ -177,7 +188,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers stud
         prog=prog,
         description="Make one of the course's studies and store it in the package, with what made it. Runs that are "
         "finished are found again, so the same command continues an interrupted study.",
-        epilog=f"Example: {prog} dark_knowledge. A study takes from half an hour to an hour and a half on two cores.",
+        epilog=f"Example: {prog} dark_knowledge. A study takes from half an hour to two hours on two cores; "
+        "the same command in a second terminal shares the work.",
     )
     parser.add_argument("study", choices=STUDIES, help="which one; the result goes to experiments/results/STUDY.json")
     name = parser.parse_args(arguments).study

@@ -38,6 +38,7 @@ ACTIONS = {
     "loss": [("slider", 0), ("slider", 1)],
     "predictions": [("sentence", 0)],
     "sweep": [("menu", 0), ("menu", 1)],
+    "stories": [("sentence", 0), ("slider", 0), ("slider", 1)],
 }
 
 

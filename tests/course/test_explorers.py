@@ -22,6 +22,8 @@ from kd_helpers import losses
 from kd_helpers.course import explorers, plots
 from kd_helpers.course.notebooks import WIDGET, without_bars
 from kd_helpers.experiments import sweep
+from kd_helpers.methods.language_models import CausalShape, make_causal_model, write_texts
+from kd_helpers.methods.stories import story_tokenizer, write_stories
 
 NAMES = ("negative", "neutral", "positive")
 TEACHER = torch.tensor([-1.5, 0.5, 2.0])
@@ -64,6 +66,15 @@ def models():
     return chosen
 
 
+def writers():
+    """Two small language models with random weights."""
+    shape = CausalShape(512, width=32, depth=1, heads=2, positions=64)
+    found = {"teacher": make_causal_model(shape, seed=0), "baseline": make_causal_model(shape, seed=1)}
+    for model in found.values():
+        model.lm_head.weight.data *= 20  # or every token would be as likely as any other
+    return found
+
+
 @pytest.fixture
 def all_explorers(table, models, tokenizer) -> dict[str, widgets.VBox]:
     plt.close("all")  # what other tests have left
@@ -72,6 +83,7 @@ def all_explorers(table, models, tokenizer) -> dict[str, widgets.VBox]:
         "loss": explorers.loss_explorer(TEACHER, STUDENT, 1, NAMES),
         "predictions": explorers.predictions_explorer(models, tokenizer, NAMES, start="what a day"),
         "sweep": explorers.sweep_explorer(table),
+        "stories": explorers.story_explorer(writers(), story_tokenizer(), start="Tim was", new_tokens=12),
     }
 
 
@@ -80,6 +92,7 @@ OTHER_VALUES = {
     "loss": (0.9, 8.0),
     "predictions": ("what a terrible day",),
     "sweep": ("validation_nll", "gain"),
+    "stories": ("Once there was a girl", 0.0, 3),
 }
 
 
@@ -281,6 +294,52 @@ def test_predictions_figure_draws_every_model():
         assert {matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in axis.patches} == {plots.COLOURS[name]}
 
 
+# Stories
+
+WHOLE = next(write_stories(0))
+
+
+def test_stories_begin_as_they_were_asked_to():
+    models, tokenizer = writers(), story_tokenizer()
+    chosen = {"temperature": 1.0, "seed": 0, "new_tokens": 9}
+    told = explorers.stories_told(models, tokenizer, "Tim was a boy", **chosen)
+    assert list(told) == ["teacher", "baseline"]
+    assert all(text.startswith("Tim was a boy") and text != "Tim was a boy" for text in told.values())
+    prompt = tokenizer("Tim was a boy")["input_ids"][:-1]
+    (expected,) = write_texts(models["teacher"], [prompt], new_tokens=9, seed=0, end_id=tokenizer.eos_token_id)
+    assert told["teacher"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert explorers.stories_told(models, tokenizer, "Tim was a boy", **chosen) == told
+    assert explorers.stories_told(models, tokenizer, "Tim was a boy", **{**chosen, "seed": 1}) != told
+
+
+@pytest.mark.parametrize("text", ["", "   ", "😀", "$5 & <b>", "\x00", "你好", "word " * 300])
+def test_a_story_can_begin_with_anything(text):
+    explorer = explorers.story_explorer(writers(), story_tokenizer(), start=text, new_tokens=8)
+    assert "Teacher (wrong: " in shown(explorer)[1]
+
+
+def test_story_verdicts():
+    assert explorers.story_verdict(WHOLE) == "coherent"
+    hero = WHOLE.split()[0]
+    (other,) = [name for name in ("Zoe", "Leo", "Ruby") if name not in WHOLE][:1]
+    last = WHOLE.rfind(hero)
+    assert explorers.story_verdict(f"{WHOLE[:last]}{other}{WHOLE[last + len(hero) :]}") == "wrong: names"
+    assert explorers.story_verdict("Tim is is.").startswith("wrong: grammar, ")
+
+
+def test_stories_figure_shows_every_text_whole():
+    told = {"teacher": WHOLE, "baseline": "Tim was sad."}
+    figure, said = explorers.stories_figure(told, {"teacher": "coherent"})
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[0] == "Teacher (coherent)"
+    assert " ".join(texts[1:-2]) == WHOLE
+    assert texts[-2:] == ["Baseline", "Tim was sad."]
+    assert said == f"Teacher (coherent): {WHOLE} Baseline: Tim was sad."
+    places = [text.get_position()[1] for text in figure.texts]
+    assert places == sorted(places, reverse=True)
+    assert 0 < min(places) < max(places) < 1
+
+
 # A sweep
 
 
@@ -372,6 +431,14 @@ def test_models_that_do_not_fit_are_refused(tokenizer, chosen, label_names, said
         explorers.predictions_explorer(chosen, tokenizer, label_names)
 
 
+def test_writers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="there are no models"):
+        explorers.story_explorer({}, story_tokenizer())
+    small = make_causal_model(CausalShape(300, width=32, depth=1, heads=2), seed=0)
+    with pytest.raises(ValueError, match="the tokenizer has 512 tokens, teacher knows 300"):
+        explorers.story_explorer({"teacher": small}, story_tokenizer())
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     small = tiny_bert()
     small.resize_token_embeddings(100)
@@ -409,7 +476,7 @@ def test_papermill_runs_explorers_to_the_end(tmp_path):
     done = run("papermill", "--no-progress-bar", "explorers.ipynb", "out.ipynb", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = [cell.outputs for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells]
-    assert [sum(WIDGET in output.get("data", {}) for output in cell) for cell in outputs] == [0, 1, 1, 1, 1]
+    assert [sum(WIDGET in output.get("data", {}) for output in cell) for cell in outputs] == [0, 1, 1, 1, 1, 1]
     assert not [output for cell in outputs for output in cell if output.output_type in ("error", "stream")]
 
 
@@ -426,4 +493,4 @@ def test_nbval_compares_a_notebook_that_stores_no_widgets(tmp_path, tagged):
     nbformat.write(notebook, tmp_path / "explorers.ipynb")
     done = run("pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "explorers.ipynb", cwd=tmp_path)
     assert (done.returncode == 0) == tagged, done.stdout[-2000:]
-    assert f"{5 if tagged else 4} passed" in done.stdout
+    assert f"{6 if tagged else 5} passed" in done.stdout

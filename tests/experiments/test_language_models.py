@@ -69,20 +69,21 @@ def test_arms_learn_from_what_they_say(texts, monkeypatch, own_artifacts):
     learned = {}
     real = language_models.causal_batches
 
-    def spy(given, **options):
+    def spy(given, *arguments, **options):
         learned[arm] = given
-        return real(given, **options)
+        return real(given, *arguments, **options)
 
     study = small_study()
     run_arm(small_study(arms=(BASELINE,)), BASELINE, 0)  # so that the teacher is there
     monkeypatch.setattr(language_models, "causal_batches", spy)
-    for arm in ("half_forward", "sequence", "sequence_forward", "more_texts"):
+    for arm in ("half_forward", "sequence", "sequence_forward", "sequence_many", "more_texts"):
         run_arm(study, arm, 0)
     assert learned["half_forward"] == texts.student
     assert learned["more_texts"] == texts.teacher
     assert learned["sequence"] == learned["sequence_forward"]
     assert len(learned["sequence"]) == 32
-    assert not {tuple(t) for t in learned["sequence"]} & {tuple(t) for t in texts.teacher}
+    assert len(learned["sequence_many"]) == 64
+    assert not {tuple(t) for t in learned["sequence_many"]} & {tuple(t) for t in texts.teacher}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -90,13 +91,18 @@ def test_every_arm_in_small(arm, texts, own_artifacts):
     run = run_arm(small_study(), arm, 0)
     steps = TRAINING.steps * ARMS[arm].recipe.times
     assert [entry["step"] for entry in run["history"]] == list(range(2, steps + 1, 2))
-    assert run["step"] == steps and run["nats"] == run["history"][-1]["nats"]
-    assert 0 < run["nats"] < 8 and 0 < run["teacher_nats"] < 20 and 0 < run["own_nats"] < 8
+    assert run["step"] == steps
+    assert run["nats"] == run["history"][-1]["nats"]
+    assert 0 < run["nats"] < 8
+    assert 0 < run["teacher_nats"] < 20
+    assert 0 < run["own_nats"] < 8
     assert len(run["teacher_nats_by_quarter"]) == 4
     assert 0 <= run["coherent"] <= run["grammar"] <= 1
-    assert len(run["samples"]) == 3 and all(isinstance(sample, str) for sample in run["samples"])
+    assert len(run["samples"]) == 3
+    assert all(isinstance(sample, str) for sample in run["samples"])
     seconds = [entry["seconds"] for entry in run["history"]]
-    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
 
 
 def test_arms_of_a_seed_start_alike_and_others_do_not(monkeypatch, own_artifacts):
@@ -136,6 +142,19 @@ def test_the_last_quarter_is_on_policy(monkeypatch, own_artifacts):
     assert steps == [3]
 
 
+def test_the_last_quarter_of_the_other_is_reverse_kl_on_the_given_texts(monkeypatch, own_artifacts):
+    asked = []
+    real = language_models.distillation_loss_of
+
+    def spy(student, teacher, *, alpha, beta):
+        loss_of = real(student, teacher, alpha=alpha, beta=beta)
+        return lambda batch: asked.append((int(batch["step"]), beta)) or loss_of(batch)
+
+    monkeypatch.setattr(language_models, "distillation_loss_of", spy)
+    run_arm(small_study(), "forward_reverse", 0)
+    assert asked == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 1.0)]
+
+
 def test_in_turn():
     def constant(value):
         return lambda batch: DistillationLoss(*[torch.tensor(value)] * 3)
@@ -151,7 +170,8 @@ def test_the_teacher_is_found_again_and_depends_on_what_made_it(texts, own_artif
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert not torch.equal(first.model.norm.weight, longer.model.norm.weight)
-    assert not first.training and not any(p.requires_grad for p in first.parameters())
+    assert not first.training
+    assert not any(p.requires_grad for p in first.parameters())
     assert len(list((own_artifacts / "story_teachers").glob("*/model.safetensors"))) == 2
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 import kd_helpers
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
-from kd_helpers.experiments import RESULTS, comparison, dark_knowledge, distilbert, study, tinybert
+from kd_helpers.experiments import RESULTS, comparison, dark_knowledge, distilbert, language_models, study, tinybert
 from kd_helpers.experiments.study import (
     STUDIES,
     Arm,
@@ -97,6 +98,26 @@ def test_a_study_goes_on_where_it_was_cut_off(small, happened):
     run_study(small)
     assert happened.count((Line(), 1)) == 1
     assert len(happened) == 6
+
+
+def test_a_second_process_leaves_out_what_another_is_running(small, happened):
+    """What is locked comes last, so two processes share the runs; both have all of them in the end."""
+    folders = [study._folder(study._provenance(small, arm, seed)) for seed in (1, 3) for arm in ARMS]
+    held, order = ExitStack(), []
+    held.enter_context(artifacts.locked(folders[0]))
+
+    def run(recipe: Line, seed: int, folder: Path) -> dict[str, float]:
+        order.append((recipe, seed))
+        if len(order) == 5:
+            held.close()  # the other process has come to its end
+        return small.run(recipe, seed, folder)
+
+    result = run_study(replaced(small, run=run))
+    assert order[-1] == (Line(), 1)
+    assert len(order) == 6
+    assert [(found["arm"], found["seed"]) for found in result["runs"]] == [
+        (arm, seed) for seed in (1, 3) for arm in ARMS
+    ]
 
 
 def test_arms_are_compared_seed_by_seed(small):
@@ -243,12 +264,19 @@ def test_what_made_a_result_is_told():
 
 # The studies that come with the package
 
-MODULES = {"comparison": comparison, "dark_knowledge": dark_knowledge, "distilbert": distilbert, "tinybert": tinybert}
+MODULES = {
+    "comparison": comparison,
+    "dark_knowledge": dark_knowledge,
+    "distilbert": distilbert,
+    "tinybert": tinybert,
+    "language_models": language_models,
+}
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
     "dark_knowledge": dark_knowledge.SEEDS,
     "distilbert": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
+    "language_models": language_models.SEEDS,
 }
 
 
@@ -267,7 +295,7 @@ def test_a_stored_study_has_the_arms_of_today(name):
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
     assert titles(stored) == {arm: described.title for arm, described in arms.items()}
-    assert list(study_table(stored, "accuracy" if name != "dark_knowledge" else "arm")) == list(arms)
+    assert list(study_table(stored, "nats" if name == "language_models" else "accuracy")) == list(arms)
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -10,8 +10,12 @@ CELLS = (
 import pandas as pd
 import torch
 from kd_helpers.config import PACKAGED_MODEL
-from kd_helpers.course.explorers import loss_explorer, predictions_explorer, sweep_explorer, temperature_explorer
+from kd_helpers.course.explorers import (
+    loss_explorer, predictions_explorer, story_explorer, sweep_explorer, temperature_explorer
+)
 from kd_helpers.experiments.sweep import stored_sweep
+from kd_helpers.methods.language_models import CausalShape, make_causal_model
+from kd_helpers.methods.stories import story_tokenizer
 from kd_helpers.models import load_tokenizer
 from support.models import tiny_bert, tiny_distilbert
 names = ("negative", "neutral", "positive")
@@ -23,6 +27,9 @@ models = {"teacher": tiny_bert(), "baseline": tiny_distilbert(), "tuned_teacher"
 for model in models.values():
     model.classifier.weight.data *= 50  # fresh heads would say almost the same of every text
 predictions_explorer(models, load_tokenizer(PACKAGED_MODEL), names, start="what a day")""",
+    """\
+writers = {"teacher": make_causal_model(CausalShape(512, 32, 1, 2), seed=0)}
+story_explorer(writers, story_tokenizer(), start="Tim was", new_tokens=12)""",
     'sweep_explorer(pd.DataFrame(stored_sweep()["runs"]))',
 )
 
