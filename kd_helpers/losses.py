@@ -174,7 +174,10 @@ def _require_labels_in_range(labels: torch.Tensor, *, classes: int) -> None:
 # again when it is needed. Each loss is a mean over the tokens that count. Values at other tokens, above all padding,
 # have no effect whatever they are, and where no token counts the loss and its gradient are exactly 0.
 
-CHUNK_VALUES = 2**21  # logits that are looked at together: 8 MB in float32
+# Logits that are looked at together: 8 MB in float32, which a CPU's cache holds, or half a gigabyte of a GPU's memory,
+# since many small pieces would keep a GPU waiting.
+CHUNK_VALUES = 2**21
+CHUNK_VALUES_ELSEWHERE = 2**27
 
 
 class StatesAndHead(NamedTuple):
@@ -213,7 +216,7 @@ def token_hard_loss(student_logits: TokenLogits, labels: torch.Tensor, *, chunk:
         return F.cross_entropy(_logits(student, student_logits), chosen, reduction="sum")
 
     return _mean_over_tokens(
-        cross_entropy, labels != IGNORE_INDEX, _rows(student_logits), labels, chunk=chunk or CHUNK_VALUES // vocabulary
+        cross_entropy, labels != IGNORE_INDEX, _rows(student_logits), labels, vocabulary=vocabulary, chunk=chunk
     )
 
 
@@ -273,7 +276,8 @@ def token_soft_loss(
         mask,
         _rows(student_logits),
         _rows(teacher_logits).detach(),
-        chunk=chunk or CHUNK_VALUES // vocabulary,
+        vocabulary=vocabulary,
+        chunk=chunk,
     )
 
 
@@ -336,7 +340,7 @@ def token_soft_loss_top_k(
 
     teacher = (tensor.detach() for tensor in (top_logits, top_ids, log_total))
     return temperature**2 * _mean_over_tokens(
-        divergence, mask, _rows(student_logits), *teacher, chunk=chunk or CHUNK_VALUES // vocabulary
+        divergence, mask, _rows(student_logits), *teacher, vocabulary=vocabulary, chunk=chunk
     )
 
 
@@ -359,7 +363,11 @@ def require_same_vocabulary(student: int, teacher: int) -> None:
 
 
 def _mean_over_tokens(
-    summed: Callable[..., torch.Tensor], mask: torch.Tensor, *tensors: torch.Tensor, chunk: int
+    summed: Callable[..., torch.Tensor],
+    mask: torch.Tensor,
+    *tensors: torch.Tensor,
+    vocabulary: int,
+    chunk: int | None,
 ) -> torch.Tensor:
     """The mean of a loss over the tokens whose mask is set.
 
@@ -367,8 +375,13 @@ def _mean_over_tokens(
         summed: takes rows `[n, …]` of each of the `tensors` and returns the sum of their losses.
         mask: `[B, L]`.
         tensors: `[B, L, …]`.
-        chunk: tokens in one call of `summed`, but at least one of each text.
+        vocabulary: V.
+        chunk: tokens in one call of `summed`, but at least one of each text; None takes as many as have
+            `CHUNK_VALUES` logits.
     """
+    if chunk is None:
+        on_cpu = tensors[0].device.type == "cpu"
+        chunk = (CHUNK_VALUES if on_cpu else CHUNK_VALUES_ELSEWHERE) // vocabulary
 
     def of_chunk(counts: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
         return summed(*(part[counts] for part in parts))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kd_helpers import artifacts
@@ -57,7 +59,7 @@ class Corpus:
         stories: see `methods.stories.read_stories`; "" are stories that a program makes.
         teacher_texts: that the teacher is trained on.
         student_texts: the first of them, all that the student has.
-        held_out: texts that are measured on.
+        held_out: texts that are measured on, and as many others that choices are made with (validation).
         vocabulary: tokens of the tokenizer.
         positions: tokens of a text that are kept.
     """
@@ -77,21 +79,24 @@ class Texts(NamedTuple):
         tokenizer: trained on these texts.
         teacher: token ids of each text that the teacher learns.
         student: those that the student has.
-        held_out: those that are measured on.
-        floor: nats a token that no model can go below on the held-out texts; None where nobody knows.
+        validation: those that choices are made with.
+        held_out: those that are measured on in the end.
+        floors: nats a token that no model can go below on `validation` and on `held_out`; empty where nobody knows.
     """
 
     tokenizer: PreTrainedTokenizerFast
     teacher: list[Text]
     student: list[Text]
+    validation: list[Text]
     held_out: list[Text]
-    floor: float | None
+    floors: dict[str, float]
 
 
 def load_texts(corpus: Corpus) -> Texts:
     """The texts of a corpus, tokenized; a text is cut off after `positions` tokens."""
-    splits = story_splits(train=corpus.teacher_texts, held_out=corpus.held_out, stories=corpus.stories)
-    train, held_out = splits.train["text"][:], splits.held_out["text"][:]
+    splits = story_splits(train=corpus.teacher_texts, held_out=2 * corpus.held_out, stories=corpus.stories)
+    train, measured = splits.train["text"][:], splits.held_out["text"][:]
+    held_out = {"validation": measured[corpus.held_out :], "held_out": measured[: corpus.held_out]}
     made = not corpus.stories
     tokenizer = story_tokenizer(None if made else train, vocabulary=corpus.vocabulary)
 
@@ -99,8 +104,9 @@ def load_texts(corpus: Corpus) -> Texts:
         return [ids[: corpus.positions] for ids in tokenizer(texts)["input_ids"]]
 
     teacher = encode(train)
-    floor = floor_nats(held_out, tokenizer) if made else None
-    return Texts(tokenizer, teacher, teacher[: corpus.student_texts], encode(held_out), floor)
+    floors = {name: floor_nats(some, tokenizer) for name, some in held_out.items()} if made else {}
+    encoded = {name: encode(some) for name, some in held_out.items()}
+    return Texts(tokenizer, teacher, teacher[: corpus.student_texts], **encoded, floors=floors)
 
 
 # --- what is measured ---
@@ -114,40 +120,59 @@ def write_own(model: PreTrainedModel, texts: Texts, corpus: Corpus, *, count: in
 
 def measure_writing(written: Sequence[Text], texts: Texts) -> dict[str, float]:
     """The parser's scores of written stories (see `methods.stories.StoryScore`); none for other texts."""
-    if texts.floor is None:
+    if not texts.floors:
         return {}
     return mean_scores(texts.tokenizer.batch_decode(written, skip_special_tokens=True))
+
+
+def measure_held_out(model: PreTrainedModel, texts: Texts) -> dict[str, float]:
+    """`nats` a token of the held-out texts; of made stories also the `excess`, how far above the floor that is."""
+    nats = held_out_nats(model, held_out_batches(texts.held_out))
+    return {"nats": nats, "excess": nats - texts.floors["held_out"]} if texts.floors else {"nats": nats}
 
 
 def trained(
     model: PreTrainedModel,
     batches: Any,
     loss_of: LossOf,
+    texts: Texts,
     *,
     steps: int,
     learning_rate: float,
     every: int,
-    measure: Callable[[], dict[str, float]],
+    measure: Callable[[], dict[str, float]] = dict,
 ) -> list[dict[str, float]]:
-    """Train a model and measure it after every so many steps.
+    """Train a model, measure it after every so many steps, and leave it as it was when validation was best.
 
     Returns:
-        For each measurement `step`, `seconds` (of training alone) and the measures.
+        For each measurement `step`, `seconds` (of training alone), `validation` (nats a token) and what `measure` says.
     """
+    validation = held_out_batches(texts.validation)
     history: list[dict[str, float]] = []
+    best: dict[str, torch.Tensor] = {}
     measuring, started = 0.0, time.perf_counter()
 
     def after_step(step: int) -> None:
         nonlocal measuring
-        if step % every == 0 or step == steps:
-            now = time.perf_counter()
-            history.append({"step": step, "seconds": now - started - measuring, **measure()})
-            measuring += time.perf_counter() - now
+        if step % every and step != steps:
+            return
+        now = time.perf_counter()
+        nats = held_out_nats(model, validation)
+        if nats < min((entry["validation"] for entry in history), default=math.inf):
+            best.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        history.append({"step": step, "seconds": now - started - measuring, "validation": nats, **measure()})
+        measuring += time.perf_counter() - now
 
     train_causal_model(
         model, batches, loss_of, steps=steps, learning_rate=learning_rate, after_step=after_step, description=None
     )
+    model.load_state_dict(best)
     return history
+
+
+def best_step(history: Sequence[dict[str, float]]) -> int:
+    """After how many steps validation was best."""
+    return int(min(history, key=lambda entry: entry["validation"])["step"])
 
 
 # --- how small can a model be? ---
@@ -187,28 +212,29 @@ def sizes_study(
 ) -> Study:
     """Train every size on the teacher's texts, and measure it on the way.
 
-    Runs have `parameters` and `history`: `step`, `seconds`, `nats` and the parser's scores of stories that it writes.
+    Runs have `parameters`, `history` (see `trained`), with the parser's scores of stories that the model writes at each
+    step, and of the model with the best validation `step`, `nats`, `excess` and the scores.
     """
     texts = load_texts(corpus)
-    held_out = held_out_batches(texts.held_out)
 
     def run(size: Size, seed: int, _folder: Path) -> dict[str, Any]:
         model = make_causal_model(size.shape(corpus), seed=seed)
 
-        def measure() -> dict[str, float]:
-            own = write_own(model, texts, corpus, count=written, seed=seed)
-            return {"nats": held_out_nats(model, held_out), **measure_writing(own, texts)}
+        def scores() -> dict[str, float]:
+            return measure_writing(write_own(model, texts, corpus, count=written, seed=seed), texts)
 
         history = trained(
             model,
             causal_batches(texts.teacher, BATCH_SIZE, seed=seed),
             cross_entropy_loss(model),
+            texts,
             steps=steps,
             learning_rate=size.learning_rate,
             every=every,
-            measure=measure,
+            measure=scores,
         )
-        return {"parameters": count_parameters(model), "history": history, **history[-1]}
+        measured = {**measure_held_out(model, texts), **scores()}
+        return {"parameters": count_parameters(model), "history": history, "step": best_step(history), **measured}
 
     choices = {
         "corpus": dataclasses.asdict(corpus),
@@ -258,12 +284,12 @@ ARMS = {
     "sequence": Arm("Texts the teacher wrote", Lesson("written")),
     "sequence_forward": Arm("Texts the teacher wrote, forward KL", Lesson("written", alpha=1.0)),
     "sequence_many": Arm("Many texts the teacher wrote", Lesson("many written")),
-    "longer": Arm("Baseline, twice the steps", Lesson(times=2)),
-    "more_texts": Arm("Baseline, all the teacher's texts", Lesson("teacher")),
-    "more_texts_forward": Arm("Forward KL, all the teacher's texts", Lesson("teacher", alpha=1.0)),
+    "more_texts": Arm("All the teacher's texts", Lesson("teacher")),
+    "more_texts_longer": Arm("All the teacher's texts, twice the steps", Lesson("teacher", times=2)),
+    "more_texts_forward": Arm("All the teacher's texts, forward KL", Lesson("teacher", alpha=1.0)),
 }
 TWEETS = Corpus("tweets", teacher_texts=24_000, student_texts=1500, held_out=512, vocabulary=1024, positions=64)
-WRITTEN = Corpus("written", teacher_texts=4_000, student_texts=256, held_out=256, vocabulary=1024, positions=256)
+WRITTEN = Corpus("written", teacher_texts=4096, student_texts=256, held_out=256, vocabulary=1024, positions=256)
 REAL_ARMS = (BASELINE, "half_forward", "forward", "reverse", "sequence", "more_texts")
 TEACHER = Size(width=128, depth=4, learning_rate=5e-3)
 STUDENT = Size(width=64, depth=2, learning_rate=1e-2)
@@ -287,8 +313,12 @@ class Training:
     teacher_steps: int = 4096
     steps: int = 2048
     every: int = 256
-    prompt_tokens: int = 8
+    prompt_tokens: int = 1
     written: int = 256
+
+
+TWEETS_TRAINING = Training(batch_size=32, teacher_steps=2048, steps=1024, every=128)
+WRITTEN_TRAINING = Training(steps=1024, every=128)
 
 
 def language_teacher(texts: Texts, corpus: Corpus, *, steps: int, batch_size: int = BATCH_SIZE) -> PreTrainedModel:
@@ -339,13 +369,13 @@ def language_models_study(
 ) -> Study:
     """Train one small model in several ways. Arms with the same seed start from the same weights.
 
-    Runs have `steps`, `seconds` (of training), `nats` (a token of the held-out texts), `history` (both on the way), and
-    of the texts that the student writes in the end: `teacher_nats`, how improbable a token of them is for the teacher;
-    `own_nats`, the same for the student, which is its entropy; `teacher_nats_by_quarter` of a text; for made stories
-    the parser's scores (see `methods.stories.StoryScore`); and `samples`, the first of them.
+    Runs have `history` (see `trained`), `seconds` of training, and of the student with the best validation: `step`,
+    `nats` (a token of the held-out texts), `excess` (of made stories), and of the texts that it writes: `teacher_nats`,
+    how improbable a token of them is for the teacher; `own_nats`, the same for the student, which is its entropy;
+    `teacher_nats_by_quarter` of a text; for made stories the parser's scores (see `methods.stories.StoryScore`); and
+    `samples`, the first of them.
     """
     texts = load_texts(corpus)
-    held_out = held_out_batches(texts.held_out)
 
     @functools.cache
     def teacher() -> PreTrainedModel:
@@ -387,13 +417,19 @@ def language_models_study(
             student,
             causal_batches(given, training.batch_size, seed=seed),
             loss_of(student, lesson, given, seed),
+            texts,
             steps=training.steps * lesson.times,
             learning_rate=STUDENT.learning_rate,
             every=training.every,
-            measure=lambda: {"nats": held_out_nats(student, held_out)},
         )
         own = write_own(student, texts, corpus, count=training.written, seed=seed)
-        return {**history[-1], "history": history, **measure_own(student, teacher(), own, texts)}
+        return {
+            "history": history,
+            "seconds": history[-1]["seconds"],
+            "step": best_step(history),
+            **measure_held_out(student, texts),
+            **measure_own(student, teacher(), own, texts),
+        }
 
     choices = {
         "corpus": dataclasses.asdict(corpus),
@@ -435,7 +471,7 @@ def _mean_by_quarter(of_texts: Sequence[Sequence[float]]) -> list[float]:
 
 
 def study_of(corpus: Corpus, training: Training = Training(), **options: Any) -> dict[str, Any]:
-    """A study of a corpus, with what is measured of its teacher: `teacher`, and `floor` (see `Texts`)."""
+    """A study of a corpus, with what is measured of its teacher: `teacher`, and `floors` (see `Texts`)."""
     study = language_models_study(corpus, training, **options)
     texts = load_texts(corpus)
     teacher = language_teacher(texts, corpus, steps=training.teacher_steps, batch_size=training.batch_size)
@@ -443,10 +479,10 @@ def study_of(corpus: Corpus, training: Training = Training(), **options: Any) ->
     measures = {
         "parameters": count_parameters(teacher),
         "student_parameters": count_parameters(make_causal_model(STUDENT.shape(corpus), seed=0)),
-        "nats": held_out_nats(teacher, held_out_batches(texts.held_out)),
+        **measure_held_out(teacher, texts),
         **measure_own(teacher, teacher, own, texts),
     }
-    return run_study(study) | {"teacher": measures, "floor": texts.floor}
+    return run_study(study) | {"teacher": measures, "floors": texts.floors}
 
 
 def study() -> dict[str, Any]:
@@ -456,7 +492,7 @@ def study() -> dict[str, Any]:
         What `study_of` returns for made stories, with `tweets` and `written`, the same for those, and `sizes`.
     """
     return study_of(Corpus()) | {
-        "tweets": study_of(TWEETS, Training(batch_size=32), arms=REAL_ARMS, name="tweets"),
-        "written": study_of(WRITTEN, arms=REAL_ARMS, name="written"),
-        "sizes": run_study(sizes_study()) | {"floor": load_texts(Corpus()).floor},
+        "tweets": study_of(TWEETS, TWEETS_TRAINING, arms=REAL_ARMS, name="tweets"),
+        "written": study_of(WRITTEN, WRITTEN_TRAINING, arms=REAL_ARMS, name="written"),
+        "sizes": run_study(sizes_study()),
     }

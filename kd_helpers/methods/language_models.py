@@ -57,6 +57,7 @@ from kd_helpers.runtime import autocast
 BATCH_SIZE = 32
 LEARNING_RATE = 5e-3
 SHARD = 2048  # texts; an interrupted pass of the teacher loses at most this many
+MOST_LOGITS = 2**27  # of a batch that is measured or cached: half a gigabyte in float32
 
 Text = Sequence[int]  # token ids
 LossOf = Callable[[Batch], DistillationLoss]
@@ -286,13 +287,19 @@ def nats_of_texts(model: PreTrainedModel, texts: Sequence[Text]) -> list[list[fl
     """The negative log-likelihood in nats of every token but the first of each text, in the order of the texts."""
     found: dict[int, list[float]] = {}
     with _evaluating(model), torch.no_grad():
-        for batch in held_out_batches(texts):
+        for batch in held_out_batches(texts, _batch_size(model, texts)):
             predicted = causal_forward(model, batch)
             nats = F.cross_entropy(predicted.logits.float().transpose(1, 2), predicted.labels, reduction="none")
             lengths = predicted.mask.sum(dim=1).tolist()
             rows = zip(batch["id"].tolist(), nats.tolist(), lengths, strict=True)
             found |= {text: values[:length] for text, values, length in rows}
     return [found[id_of(text)] for text in texts]
+
+
+def _batch_size(model: PreTrainedModel, texts: Sequence[Text]) -> int:
+    """64 texts, or as many as have at most `MOST_LOGITS` logits."""
+    longest = max((len(text) for text in texts), default=1)
+    return max(1, min(64, MOST_LOGITS // (longest * model.config.vocab_size)))
 
 
 @contextlib.contextmanager
@@ -796,7 +803,7 @@ def _run_teacher(
 ) -> None:
     found = []
     with torch.no_grad(), autocast(teacher.device, precision):
-        for batch in held_out_batches(texts):
+        for batch in held_out_batches(texts, _batch_size(teacher, texts)):
             predicted = causal_forward(teacher, batch)
             top = top_of(predicted.logits[predicted.mask], k=k, temperature=temperature, dtype=dtype)
             found.append({"ids": batch["id"], "lengths": predicted.mask.sum(dim=1), **top})

@@ -16,6 +16,7 @@ from kd_helpers.experiments.language_models import (
     Corpus,
     Size,
     Training,
+    best_step,
     in_turn,
     language_models_study,
     language_teacher,
@@ -23,11 +24,19 @@ from kd_helpers.experiments.language_models import (
     measure_own,
     sizes_study,
     study_of,
+    trained,
     write_own,
 )
 from kd_helpers.experiments.study import gains, run_arm, run_study
 from kd_helpers.losses import DistillationLoss
-from kd_helpers.methods.language_models import held_out_batches, held_out_nats, make_causal_model, nats_of_texts
+from kd_helpers.methods.language_models import (
+    causal_batches,
+    cross_entropy_loss,
+    held_out_batches,
+    held_out_nats,
+    make_causal_model,
+    nats_of_texts,
+)
 
 CORPUS = Corpus(teacher_texts=64, student_texts=32, held_out=16)
 TRAINING = Training(teacher_steps=4, steps=4, every=2, written=6)
@@ -46,15 +55,18 @@ def texts():
     return load_texts(CORPUS)
 
 
-def small_study(corpus=CORPUS, *, arms=tuple(ARMS), seeds=(0,)):
-    return language_models_study(corpus, TRAINING, arms=arms, seeds=seeds)
+def small_study(corpus=CORPUS, training=TRAINING, *, arms=tuple(ARMS), seeds=(0,)):
+    return language_models_study(corpus, training, arms=arms, seeds=seeds)
 
 
 def test_a_corpus_is_cut_as_it_says(texts):
     assert (len(texts.teacher), len(texts.student), len(texts.held_out)) == (64, 32, 16)
     assert texts.student == texts.teacher[:32]
     assert not {tuple(text) for text in texts.teacher} & {tuple(text) for text in texts.held_out}
-    assert 0.25 < texts.floor < 0.4
+    assert len(texts.validation) == 16
+    assert {tuple(text) for text in texts.validation}.isdisjoint(map(tuple, [*texts.held_out, *texts.teacher]))
+    assert set(texts.floors) == {"validation", "held_out"}
+    assert all(0.25 < floor < 0.4 for floor in texts.floors.values())
     assert max(map(len, texts.teacher)) <= CORPUS.positions
     begin, end = texts.tokenizer.bos_token_id, texts.tokenizer.eos_token_id
     assert all(text[0] == begin and text[-1] == end for text in texts.held_out)
@@ -91,9 +103,10 @@ def test_every_arm_in_small(arm, texts, own_artifacts):
     run = run_arm(small_study(), arm, 0)
     steps = TRAINING.steps * ARMS[arm].recipe.times
     assert [entry["step"] for entry in run["history"]] == list(range(2, steps + 1, 2))
-    assert run["step"] == steps
-    assert run["nats"] == run["history"][-1]["nats"]
-    assert 0 < run["nats"] < 8
+    best = min(run["history"], key=lambda entry: entry["validation"])
+    assert run["step"] == best["step"]
+    assert run["nats"] == pytest.approx(best["validation"], rel=0.1), "of other texts"
+    assert run["excess"] == pytest.approx(run["nats"] - texts.floors["held_out"])
     assert 0 < run["teacher_nats"] < 20
     assert 0 < run["own_nats"] < 8
     assert len(run["teacher_nats_by_quarter"]) == 4
@@ -111,16 +124,16 @@ def test_arms_of_a_seed_start_alike_and_others_do_not(monkeypatch, own_artifacts
 
     def spy(shape, *, seed):
         model = real(shape, seed=seed)
-        starts.setdefault(arm, []).append(float(next(model.parameters()).sum()))
+        starts.setdefault(arm, []).append(next(model.parameters()).detach().sum().item())
         return model
 
     study = small_study(seeds=(0, 1))
     language_teacher(load_texts(CORPUS), CORPUS, steps=TRAINING.teacher_steps)
     monkeypatch.setattr(language_models, "make_causal_model", spy)
-    for arm, seed in ((BASELINE, 0), ("more_texts", 0), ("longer", 1)):
+    for arm, seed in ((BASELINE, 0), ("more_texts", 0), ("forward", 1)):
         run_arm(study, arm, seed)
     first = {name: values[0] for name, values in starts.items()}
-    assert first[BASELINE] == first["more_texts"] != first["longer"]
+    assert first[BASELINE] == first["more_texts"] != first["forward"]
 
 
 def test_the_last_quarter_is_on_policy(monkeypatch, own_artifacts):
@@ -153,6 +166,27 @@ def test_the_last_quarter_of_the_other_is_reverse_kl_on_the_given_texts(monkeypa
     monkeypatch.setattr(language_models, "distillation_loss_of", spy)
     run_arm(small_study(), "forward_reverse", 0)
     assert asked == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 1.0)]
+
+
+def test_a_model_is_left_as_it_was_when_validation_was_best(texts):
+    """With a rate that is far too high after the start, so that later measurements are worse."""
+    model = make_causal_model(TINY.shape(CORPUS), seed=0)
+    seen, batches = [], causal_batches(texts.student, 8, seed=0)
+
+    def noted():
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"noted": float(len(seen))}
+
+    options = {"steps": 12, "learning_rate": 3.0, "every": 1, "measure": noted}
+    history = trained(model, batches, cross_entropy_loss(model), texts, **options)
+    assert [entry["noted"] for entry in history] == list(range(1, 13))
+    best = best_step(history)
+    assert 1 <= best < 12
+    assert history[best - 1]["validation"] == min(entry["validation"] for entry in history)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, seen[best - 1][name])
+    nats = held_out_nats(model, held_out_batches(texts.validation))
+    assert nats == pytest.approx(history[best - 1]["validation"])
 
 
 def test_in_turn():
@@ -206,14 +240,15 @@ def test_nats_of_texts_keep_their_order(texts):
 
 def test_a_whole_study_with_its_teacher(own_artifacts, monkeypatch):
     monkeypatch.setattr(language_models, "language_models_study", functools.partial(small_study, seeds=(0, 1)))
-    result = study_of(CORPUS, arms=(BASELINE, "forward"))
+    result = study_of(CORPUS, TRAINING, arms=(BASELINE, "forward"))
     assert [(run["arm"], run["seed"]) for run in result["runs"]] == [
         (arm, seed) for seed in (0, 1) for arm in (BASELINE, "forward")
     ]
     assert set(gains(result, "nats", over=BASELINE).columns) == {"gain", "low", "high"}
     assert result["teacher"]["own_nats"] == pytest.approx(result["teacher"]["teacher_nats"])
     assert result["teacher"]["parameters"] == result["teacher"]["student_parameters"]
-    assert result["floor"] == load_texts(CORPUS).floor
+    assert result["floors"] == load_texts(CORPUS).floors
+    assert result["teacher"]["excess"] == pytest.approx(result["teacher"]["nats"] - result["floors"]["held_out"])
 
 
 def test_sizes_in_small(own_artifacts):
@@ -221,6 +256,6 @@ def test_sizes_in_small(own_artifacts):
     study = dataclasses.replace(study, arms={"tiny": dataclasses.replace(SIZES["32 × 1"], recipe=TINY)}, seeds=(0,))
     (run,) = run_study(study)["runs"]
     assert [entry["step"] for entry in run["history"]] == [2, 4]
-    assert run["nats"] == run["history"][-1]["nats"]
+    assert all({"validation", "grammar", "coherent"} <= set(entry) for entry in run["history"])
     assert run["parameters"] == 512 * 16 + 4 * 16 * 16 + 3 * 16 * 48 + 3 * 16
     assert {"grammar", "names", "plot", "coherent"} <= set(run)

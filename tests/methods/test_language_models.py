@@ -936,3 +936,22 @@ def test_nats_of_texts_keep_their_order_and_the_mode(teacher):
         log_p = torch.log_softmax(model(torch.tensor([list(text)])).logits[0].double(), dim=-1)
         assert values == pytest.approx([-log_p[i, text[i + 1]].item() for i in range(len(text) - 1)], rel=1e-4)
     assert model.training
+
+
+def test_of_long_texts_few_are_run_at_a_time(own_artifacts, teacher, monkeypatch):
+    """So that the logits of a batch find room, however large the vocabulary."""
+    whole = nats_of_texts(teacher, TEXTS), cached_top_logits(teacher, TEXTS, k=4, root=own_artifacts / "whole")
+    monkeypatch.setattr(language_models, "MOST_LOGITS", 3 * max(map(len, TEXTS)) * V)
+    seen, original = [], language_models.causal_forward
+
+    def spy(model, batch):
+        seen.append(len(batch["input_ids"]))
+        return original(model, batch)
+
+    monkeypatch.setattr(language_models, "causal_forward", spy)
+    for text, expected in zip(nats_of_texts(teacher, TEXTS), whole[0], strict=True):
+        assert text == pytest.approx(expected, rel=1e-4)
+    assert max(seen) == 3
+    assert_close(cached_top_logits(teacher, TEXTS, k=4).log_total, whole[1].log_total, rtol=1e-3, atol=1e-3)
+    assert max(seen) == 3
+    assert sum(seen) >= 2 * len(set(map(tuple, TEXTS)))
