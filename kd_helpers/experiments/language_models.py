@@ -141,8 +141,12 @@ def trained(
     learning_rate: float,
     every: int,
     measure: Callable[[], dict[str, float]] = dict,
+    keep_best: bool = True,
 ) -> list[dict[str, float]]:
-    """Train a model, measure it after every so many steps, and leave it as it was when validation was best.
+    """Train a model and measure it after every so many steps.
+
+    Args:
+        keep_best: leave the model as it was when validation was best; otherwise as it is in the end.
 
     Returns:
         For each measurement `step`, `seconds` (of training alone), `validation` (nats a token) and what `measure` says.
@@ -166,7 +170,8 @@ def trained(
     train_causal_model(
         model, batches, loss_of, steps=steps, learning_rate=learning_rate, after_step=after_step, description=None
     )
-    model.load_state_dict(best)
+    if keep_best:
+        model.load_state_dict(best)
     return history
 
 
@@ -290,7 +295,7 @@ ARMS = {
 }
 TWEETS = Corpus("tweets", teacher_texts=24_000, student_texts=1500, held_out=512, vocabulary=1024, positions=64)
 WRITTEN = Corpus("written", teacher_texts=4096, student_texts=256, held_out=256, vocabulary=1024, positions=256)
-REAL_ARMS = (BASELINE, "half_forward", "forward", "reverse", "sequence", "more_texts")
+REAL_ARMS = (BASELINE, "forward", "sequence", "more_texts")
 TEACHER = Size(width=128, depth=4, learning_rate=5e-3)
 STUDENT = Size(width=64, depth=2, learning_rate=1e-2)
 TOP = 32  # logits of the teacher that are cached for each token
@@ -369,11 +374,11 @@ def language_models_study(
 ) -> Study:
     """Train one small model in several ways. Arms with the same seed start from the same weights.
 
-    Runs have `history` (see `trained`), `seconds` of training, and of the student with the best validation: `step`,
-    `nats` (a token of the held-out texts), `excess` (of made stories), and of the texts that it writes: `teacher_nats`,
-    how improbable a token of them is for the teacher; `own_nats`, the same for the student, which is its entropy;
-    `teacher_nats_by_quarter` of a text; for made stories the parser's scores (see `methods.stories.StoryScore`); and
-    `samples`, the first of them.
+    Runs have `history` (see `trained`), `seconds` of training, and of the student with the best validation (after an
+    ending, of the last one): `step`, `nats` (a token of the held-out texts), `excess` (of made stories), and of the
+    texts that it writes: `teacher_nats`, how improbable a token of them is for the teacher; `own_nats`, the same for
+    the student, which is its entropy; `teacher_nats_by_quarter` of a text; for made stories the parser's scores (see
+    `methods.stories.StoryScore`); and `samples`, the first of them.
     """
     texts = load_texts(corpus)
 
@@ -421,12 +426,14 @@ def language_models_study(
             steps=training.steps * lesson.times,
             learning_rate=STUDENT.learning_rate,
             every=training.every,
+            # What an ending is for is not likelihood, so likelihood must not undo it.
+            keep_best=not lesson.ending,
         )
         own = write_own(student, texts, corpus, count=training.written, seed=seed)
         return {
             "history": history,
             "seconds": history[-1]["seconds"],
-            "step": best_step(history),
+            "step": history[-1]["step"] if lesson.ending else best_step(history),
             **measure_held_out(student, texts),
             **measure_own(student, teacher(), own, texts),
         }
