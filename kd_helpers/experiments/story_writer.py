@@ -106,16 +106,18 @@ def continue_prompts(
     # Not at the top, or `python -OO` could not explain the command: transformers' Llama needs its docstrings.
     from kd_helpers.methods.language_models import draw_tokens
 
-    count, length = prompts.shape
-    draws = torch.rand(count, sampling.new_tokens, generator=torch.Generator().manual_seed(seed))
+    (count, length), device = prompts.shape, model.device
+    prompts = prompts.to(device)
+    # Drawn on the CPU, so that they are the same numbers on every device.
+    draws = torch.rand(count, sampling.new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     cache = DynamicCache()
     cache.layers = [_Layer(length + sampling.new_tokens) for _ in range(model.config.num_hidden_layers)]
     shared = int((prompts == prompts[0]).all(dim=0).long().cumprod(dim=0)[:-1].sum())  # the last token is read below
     if shared:
         model(input_ids=prompts[:1, :shared], past_key_values=cache, logits_to_keep=1)
-        _take(cache, torch.zeros(count, dtype=torch.long))
-    rows, read = torch.arange(count), prompts[:, shared:]
-    written = torch.full((count, sampling.new_tokens), end_id)
+        _take(cache, torch.zeros(count, dtype=torch.long, device=device))
+    rows, read = torch.arange(count, device=device), prompts[:, shared:]
+    written = torch.full((count, sampling.new_tokens), end_id, device=device)
     for step, draw in enumerate(draws.unbind(dim=1)):
         logits = model(input_ids=read, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
         restrict_(logits, written[rows, :step], sampling)
@@ -153,8 +155,8 @@ class Writer(NamedTuple):
     digest: str
 
 
-def load_smollm2() -> Writer:
-    """SmolLM2-135M-Instruct from the pip wheel, in bfloat16; takes a quarter of a minute.
+def load_smollm2(device: torch.device | str = "cpu") -> Writer:
+    """SmolLM2-135M-Instruct from the pip wheel, in bfloat16, on a device; takes a quarter of a minute.
 
     Raises:
         FileNotFoundError: a package that is needed is not installed.
@@ -170,7 +172,9 @@ def load_smollm2() -> Writer:
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     unpacked = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked).eval()
-    return Writer(model, AutoTokenizer.from_pretrained(**source), artifacts.file_digest(path))
+    # The chat template ends an answer with this token; some versions of transformers read another from the file.
+    tokenizer = AutoTokenizer.from_pretrained(**source, eos_token="<|im_end|>")
+    return Writer(model.to(device), tokenizer, artifacts.file_digest(path))
 
 
 def answers(

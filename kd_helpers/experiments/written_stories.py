@@ -26,10 +26,12 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm.auto import tqdm
 
 from kd_helpers import artifacts
@@ -39,11 +41,12 @@ from kd_helpers.experiments.story_writer import Writer
 from kd_helpers.experiments.study import made_with
 from kd_helpers.methods.stories import WRITTEN_STORIES
 from kd_helpers.provenance import made_by
+from kd_helpers.runtime import pick_device, processor
 
 MODULE = "kd_helpers.experiments.written_stories"
 SEED = 0
 PART_SIZE = 96  # stories that are written at a time; an interrupted run loses at most these
-PARTS = 60  # by default
+PARTS = 206  # by default
 WORD_KINDS = ("noun", "verb", "adjective")
 MOST_BYTES = 2_000_000  # of the file in the package
 
@@ -273,7 +276,9 @@ _SHOUTED = re.compile(r"\b[A-Z]{2,}\b")
 # A model that speaks about its answer, and what is no matter for small children.
 _UNFIT = re.compile(
     r"\b(?:adjective|noun|verb|sentence|paragraph|(?:this|our|the|short) story|stories|"
-    r"kill\w*|murder\w*|dead|death|die[ds]?|dying|gun|blood\w*|sex\w*|naked|drunk|wine|beer|drugs?|cancer|god|jesus)\b",
+    r"kill\w*|murder\w*|dead|death|die[ds]?|dying|gun|blood\w*|sex\w*|naked|drunk|wine|beer|drugs?|cancer|god|jesus|"
+    r"church\w*|bible|angels?|heaven\w*|hell|pray|prayed|devils?|whores?|whiskey|smok\w*|police|stupid|dumb|"
+    r"musk|starbucks|lego|disney|google|youtube)\b",
     re.IGNORECASE,
 )
 
@@ -341,13 +346,27 @@ def plan_part(writer: Writer, number: int, *, count: int = PART_SIZE, seed: int 
     return Part(requests, 1000 * seed + number, provenance, file)
 
 
-def answers_of(writer: Writer, part: Part) -> list[str | None]:
-    """What the model answered, found again or written now; None where it did not come to an end."""
+class Answers(NamedTuple):
+    """What the model answered to a part.
+
+    Attributes:
+        texts: None where it did not come to an end.
+        written_on: processor and version of torch.
+    """
+
+    texts: list[str | None]
+    written_on: str
+
+
+def answers_of(writer: Writer, part: Part) -> Answers:
+    """The answers to a part, found again or written now."""
     if not part.file.exists():
         conversations, openings = list(map(conversation, part.requests)), part.provenance["openings"]
         texts = story_writer.answers(writer, conversations, openings, seed=part.seed)
-        artifacts.save_json(part.file, {"provenance": part.provenance, "texts": texts})
-    return artifacts.load_json(part.file)["texts"]
+        written_on = f"{processor(writer.model.device)}, torch {torch.__version__}"
+        artifacts.save_json(part.file, {"provenance": part.provenance, "texts": texts, "written_on": written_on})
+    found = artifacts.load_json(part.file)
+    return Answers(found["texts"], found["written_on"])
 
 
 def make_stories(writer: Writer, parts: int, *, count: int = PART_SIZE, minutes: float = math.inf) -> dict[str, Any]:
@@ -360,27 +379,29 @@ def make_stories(writer: Writer, parts: int, *, count: int = PART_SIZE, minutes:
         minutes: after which no further part is written; those that are found count all the same.
 
     Returns:
-        `stories`, each a dictionary with `text`, `noun`, `verb`, `adjective` and `feature`, and `counts`: of `parts`
-        and of stories that were `asked_for`, `ended`, and `kept`.
+        `stories`, each a dictionary with `text`, `noun`, `verb`, `adjective` and `feature`; `counts`: of `parts` and of
+        stories that were `asked_for`, `ended`, and `kept`; and `written_on`, how many parts on which machine.
     """
     end = time.monotonic() + 60 * minutes
     counts = dict.fromkeys(("parts", "asked_for", "ended", "kept"), 0)
+    written_on: Counter[str] = Counter()
     stories: dict[str, dict[str, str]] = {}
     for number in tqdm(range(parts), desc="Stories", unit="part", leave=False):
         part = plan_part(writer, number, count=count)
         if time.monotonic() >= end and not part.file.exists():
-            break
+            continue
         answers = answers_of(writer, part)
-        for request, answer in zip(part.requests, answers, strict=True):
+        written_on[answers.written_on] += 1
+        for request, answer in zip(part.requests, answers.texts, strict=True):
             story = answer and clean(answer, EXAMPLES[request.feature][request.example].story)
             if story:
                 words = {name: getattr(request, name) for name in (*WORD_KINDS, "feature")}
                 stories.setdefault(story, {"text": story, **words})
         counts["parts"] += 1
         counts["asked_for"] += count
-        counts["ended"] += sum(answer is not None for answer in answers)
+        counts["ended"] += sum(answer is not None for answer in answers.texts)
     counts["kept"] = len(stories)
-    return {"stories": list(stories.values()), "counts": counts}
+    return {"stories": list(stories.values()), "counts": counts, "written_on": dict(written_on)}
 
 
 def store(made: dict[str, Any], writer: Writer, file: Path) -> dict[str, Any]:
@@ -424,6 +445,7 @@ def store(made: dict[str, Any], writer: Writer, file: Path) -> dict[str, Any]:
             "tokens": sum(map(len, writer.tokenizer([story["text"] for story in stories])["input_ids"])),
             **{f"with its {kind}": sum(has(story["text"], story[kind]) for story in stories) for kind in WORD_KINDS},
         },
+        "written_on": made["written_on"],
         "made_with": made_with(MODULE),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -454,7 +476,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers stor
     chosen = parser.parse_args(arguments)
     try:
         require_whole("parts", chosen.parts, minimum=1)
-        writer = story_writer.load_smollm2()
+        writer = story_writer.load_smollm2(pick_device())
         about = store(make_stories(writer, chosen.parts, minutes=chosen.minutes), writer, WRITTEN_STORIES)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))

@@ -18,6 +18,7 @@ from kd_helpers.experiments import story_writer as sw
 from kd_helpers.experiments import written_stories as ws
 from kd_helpers.methods.language_models import CausalShape, make_causal_model
 from kd_helpers.methods.stories import WRITTEN_STORIES, story_tokenizer
+from kd_helpers.runtime import processor
 
 STORY = (
     "One day, Tim had a red ball. He threw it up and it fell into the pond. Tim was sad. A duck saw the ball and "
@@ -267,18 +268,26 @@ def test_another_model_sampling_or_seed_writes_anew(answered, writer, monkeypatc
 
 def test_when_the_time_is_over_the_finished_parts_are_taken(answered, writer, tmp_path):
     none = ws.make_stories(writer, 3, count=8, minutes=0)
-    assert none == {"stories": [], "counts": {"parts": 0, "asked_for": 0, "ended": 0, "kept": 0}}
+    assert none == {
+        "stories": [],
+        "counts": {"parts": 0, "asked_for": 0, "ended": 0, "kept": 0},
+        "written_on": {},
+    }
     with pytest.raises(ValueError, match="no story was kept; make more parts"):
         ws.store(none, writer, tmp_path / "stories.jsonl.gz")
     two = ws.make_stories(writer, 2, count=8)
     assert ws.make_stories(writer, 3, count=8, minutes=0) == two
     assert answered == [0, 1]
+    ws.plan_part(writer, 0, count=8).file.unlink()
+    last = ws.make_stories(writer, 3, count=8, minutes=0)
+    assert last["counts"]["parts"] == 1, "one that is missing does not hide those after it"
+    assert last["written_on"] == {f"{processor(torch.device('cpu'))}, torch {torch.__version__}": 1}
 
 
 def test_the_command_stores_stories_and_what_made_them(answered, writer, tmp_path, monkeypatch, capsys):
     file = tmp_path / "stories.jsonl.gz"
     monkeypatch.setattr(ws, "WRITTEN_STORIES", file)
-    monkeypatch.setattr(sw, "load_smollm2", lambda: writer)
+    monkeypatch.setattr(sw, "load_smollm2", lambda device: writer)
     assert ws.main(["--parts", "2"]) == 0
     require_stored(file)
     about = json.loads((tmp_path / "stories.json").read_text())
@@ -324,6 +333,7 @@ def test_the_stories_of_the_package_are_what_is_said_of_them():
     assert about["licence"].startswith("Apache-2.0")
     counts = about["counts"]
     assert counts["kept"] <= counts["ended"] <= counts["asked_for"] == counts["parts"] * ws.PART_SIZE
+    assert sum(about["written_on"].values()) == counts["parts"]
     with gzip.open(WRITTEN_STORIES, "rt") as lines:
         stories = [json.loads(line) for line in lines]
     for kind in ("noun", "verb", "adjective"):
