@@ -24,9 +24,12 @@ from kd_helpers.experiments.study import STUDIES, gains, means, stored_study, st
 
 _NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?%?"
 # The number, or two with "to" between them, its unit, and the marker.
-MARKED = re.compile(rf"(?:{_NUMBER} to )?{_NUMBER}(?: (?:points?|nats))?<!-- (?P<spec>\w+: [^>]+?) -->")
+MARKED = re.compile(rf"(?:{_NUMBER} to )?{_NUMBER}(?: (?:points?|nats))?<!-- (?P<spec>[\w.]+: [^>]+?) -->")
 # Measures that are shares: in percent, and their differences in points.
-SHARES = ("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "again_accuracy", "validation")
+SHARES = (
+    *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "again_accuracy", "validation"),
+    *("coherent", "grammar", "names", "plot", "ending"),
+)
 # Numbers that no study has, by the name of the marker; each function returns the number as it is written.
 OTHERS: dict[str, Callable[[str], str]] = {}
 
@@ -49,7 +52,8 @@ def number(spec: str) -> str:
     """What a marker stands for, as it is written: "5.6 points", "4.8 to 6.5", "72.0%", "0.59".
 
     Args:
-        spec: `study: arm, measure`, `study: arm - other arm, measure`, or either with `, interval` at its end.
+        spec: `study: arm, measure`, `study: arm - other arm, measure`, or either with `, interval` at its end. A study
+            within a study is named `study.part`.
 
     Raises:
         ValueError: there is no such study, arm or measure.
@@ -57,7 +61,7 @@ def number(spec: str) -> str:
     study, _, rest = spec.partition(": ")
     if study in OTHERS:
         return OTHERS[study](rest)
-    if study not in STUDIES:
+    if study.partition(".")[0] not in STUDIES:
         raise ValueError(f"the marker {spec!r} names no study; name one of {', '.join((*STUDIES, *OTHERS))}.")
     arms, measure, *interval = (part.strip() for part in rest.split(","))
     arm, _, other = (part.strip() for part in arms.partition(" - "))
@@ -75,8 +79,9 @@ def number(spec: str) -> str:
 def _interval(study: str, arm: str, other: str, measure: str) -> tuple[float, float, float]:
     """The mean over the seeds of an arm's measure, or of its difference to another arm, with its 95% interval."""
     result = _stored(study)
-    if arm in result.get("teachers", {}) and measure in result["teachers"][arm]:  # measured once, not by seed
-        value = result["teachers"][arm][measure]
+    teachers = result.get("teachers", {}) | {"teacher": result.get("teacher", {})}
+    if measure in teachers.get(arm, {}):  # measured once, not by seed
+        value = teachers[arm][measure]
         return (value, value, value)
     table = gains(result, measure, over=other) if other else means(result, measure)
     return tuple(table.loc[arm])
@@ -84,7 +89,8 @@ def _interval(study: str, arm: str, other: str, measure: str) -> tuple[float, fl
 
 @functools.cache
 def _stored(study: str) -> Mapping[str, Any]:
-    return stored_study(study)
+    name, _, part = study.partition(".")
+    return stored_study(name)[part] if part else stored_study(name)
 
 
 def _written(value: float, share: bool) -> str:
