@@ -76,6 +76,16 @@ def test_many_processes_build_once(tmp_path):
     assert (tmp_path / "builds.log").read_text() == "built\n"
 
 
+def test_one_can_ask_whether_another_is_making_it(tmp_path):
+    folder = tmp_path / "deep" / "thing"
+    assert not artifacts.is_being_made(folder)
+    with artifacts.locked(folder):
+        assert artifacts.is_being_made(folder)
+        assert not artifacts.is_being_made(tmp_path / "deep" / "other")
+    assert not artifacts.is_being_made(folder)
+    assert artifacts.get_or_build(folder, lambda target: (target / "file.txt").write_text("made")) is False
+
+
 def test_what_a_killed_process_left_is_removed_even_if_the_folder_is_intact(tmp_path):
     def build(target):
         (target / "file.txt").write_text("all of it")

@@ -1,4 +1,4 @@
-"""Numbers in Markdown that no study has: chapter 07's sweep, the course of the comparison, and its texts."""
+"""Numbers in Markdown that no study has, such as those of chapter 07's sweep; and studies within a study."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from scipy import stats
 
 from kd_helpers.course.numbers import fill, number
 from kd_helpers.experiments.comparison import stored_comparison
+from kd_helpers.experiments.study import stored_study
 from kd_helpers.experiments.sweep import stored_sweep
 
 
@@ -67,6 +68,20 @@ def test_a_gain_over_texts():
     mean, interval = written(np.mean(right["tuned_teacher"], axis=0) - np.mean(right["baseline"], axis=0))
     assert number("texts: tuned_teacher - baseline") == f"{mean} points"
     assert number("texts: tuned_teacher - baseline, interval") == interval
+
+
+def test_a_study_within_a_study():
+    stored = stored_study("language_models")
+    runs = pd.DataFrame(stored["sizes"]["runs"])
+    mean, interval = written(runs[runs["arm"] == "64 × 2"]["coherent"])
+    assert number("language_models.sizes: 64 × 2, coherent") == f"{mean}%"
+    low, high = interval.split(" to ")
+    assert number("language_models.sizes: 64 × 2, coherent, interval") == f"{low} to {high}%"
+    marker = "<!-- language_models.sizes: 64 × 2, coherent -->"
+    assert fill(f"Now 0.0%{marker}.") == f"Now {mean}%{marker}."
+    assert number("language_models: teacher, nats") == f"{stored['teacher']['nats']:.2f}"
+    with pytest.raises(ValueError, match="names no study"):
+        number("nothing.sizes: 64 × 2, coherent")
 
 
 def test_a_stale_number_is_written_anew():

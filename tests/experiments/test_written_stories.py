@@ -196,6 +196,8 @@ def test_a_story_becomes_one_line_of_ascii():
         STORY.replace("red", "RED"),
         f"{STORY} The moral of this story is clear.",
         f"{STORY} And then the duck died.",
+        f"{STORY} He blessed the duck.",
+        f"{STORY} Then Batman came.",
     ],
 )
 def test_what_is_no_whole_and_simple_story_is_dropped(text):
@@ -234,13 +236,18 @@ def answered(monkeypatch, own_artifacts):
     return calls
 
 
+def make_stories(writer, parts: int, **choices):
+    ws.write_parts(writer, range(parts), count=8, **choices)
+    return ws.gather_stories(writer, parts, count=8)
+
+
 def test_parts_are_found_again(answered, writer):
-    made = ws.make_stories(writer, 1, count=8)
+    made = make_stories(writer, 1)
     assert made["counts"] == {"parts": 1, "asked_for": 8, "ended": 7, "kept": 5}
     assert answered == [0]
-    assert ws.make_stories(writer, 1, count=8) == made
+    assert make_stories(writer, 1) == made
     assert answered == [0]
-    again = ws.make_stories(writer, 2, count=8)
+    again = make_stories(writer, 2)
     assert again["counts"] == {"parts": 2, "asked_for": 16, "ended": 14, "kept": 5}
     assert answered == [0, 1]
     first = ws.draw_requests(0, 8)[0]
@@ -267,7 +274,7 @@ def test_another_model_sampling_or_seed_writes_anew(answered, writer, monkeypatc
 
 
 def test_when_the_time_is_over_the_finished_parts_are_taken(answered, writer, tmp_path):
-    none = ws.make_stories(writer, 3, count=8, minutes=0)
+    none = make_stories(writer, 3, minutes=0)
     assert none == {
         "stories": [],
         "counts": {"parts": 0, "asked_for": 0, "ended": 0, "kept": 0},
@@ -275,13 +282,34 @@ def test_when_the_time_is_over_the_finished_parts_are_taken(answered, writer, tm
     }
     with pytest.raises(ValueError, match="no story was kept; make more parts"):
         ws.store(none, writer, tmp_path / "stories.jsonl.gz")
-    two = ws.make_stories(writer, 2, count=8)
-    assert ws.make_stories(writer, 3, count=8, minutes=0) == two
+    two = make_stories(writer, 2)
+    assert make_stories(writer, 3, minutes=0) == two
     assert answered == [0, 1]
     ws.plan_part(writer, 0, count=8).file.unlink()
-    last = ws.make_stories(writer, 3, count=8, minutes=0)
+    last = make_stories(writer, 3, minutes=0)
     assert last["counts"]["parts"] == 1, "one that is missing does not hide those after it"
     assert last["written_on"] == {f"{processor(torch.device('cpu'))}, torch {torch.__version__}": 1}
+
+
+def test_parts_are_found_on_another_machine_which_is_counted(answered, writer, monkeypatch):
+    make_stories(writer, 1)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    monkeypatch.setattr(ws, "processor", lambda device: "A GPU")
+    monkeypatch.setattr("kd_helpers.provenance.PACKAGES", ())
+    monkeypatch.setattr("kd_helpers.provenance.source_digest", lambda *modules: "other code")
+    made = make_stories(writer, 3)
+    assert answered == [0, 1, 2]
+    assert sorted(made["written_on"].values()) == [1, 2]
+    assert made["written_on"]["A GPU, torch 2.11.0+cu130"] == 2
+
+
+def test_a_part_that_another_process_writes_is_left_to_it(answered, writer):
+    with artifacts.locked(ws.plan_part(writer, 1, count=8).file):
+        made = make_stories(writer, 3)
+    assert answered == [0, 2]
+    assert made["counts"]["parts"] == 2
+    assert make_stories(writer, 3)["counts"]["parts"] == 3
+    assert answered == [0, 2, 1]
 
 
 def test_the_command_stores_stories_and_what_made_them(answered, writer, tmp_path, monkeypatch, capsys):
