@@ -28,6 +28,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "10": ("methods.digits", "experiments.study"),
     "11": ("methods.hidden_losses", "methods.distilbert"),
     "12": ("methods.tinybert", "methods.augmentation"),
+    "13": ("methods.language_models", "methods.stories"),
     "16": ("trainer", "train", "shards"),
 }
 
