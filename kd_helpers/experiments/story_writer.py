@@ -171,7 +171,9 @@ def load_smollm2(device: torch.device | str = "cpu") -> Writer:
     path = packaged_file(WHEEL, FILE)
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     unpacked = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=unpacked, use_safetensors=True
+    ).eval()
     # The chat template ends an answer with this token; some versions of transformers read another from the file.
     tokenizer = AutoTokenizer.from_pretrained(**source, eos_token="<|im_end|>")
     return Writer(model.to(device), tokenizer, artifacts.file_digest(path))
