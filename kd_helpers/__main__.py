@@ -41,6 +41,10 @@ COMMANDS = {
         "kd_helpers.experiments.written_stories",
         "Let a language model write the stories again that come with the package.",
     ),
+    "explanations": Command(
+        "kd_helpers.experiments.explained_tweets",
+        "Let a language model explain the tweets again whose explanations come with the package.",
+    ),
     "benchmark": Command("kd_helpers.experiments.benchmark", "Measure how fast the training loop is on this machine."),
     "course": Command("kd_helpers.course.commands", "Run, store and publish the notebooks of the course."),
 }

@@ -227,6 +227,28 @@ def test_no_network_is_said_within_five_seconds(monkeypatch, answers):
             assert time.monotonic() - start < 5
 
 
+def test_an_encoder_decoder_of_the_hub_learns_rationales_from_a_file(python, tmp_path):
+    file = tmp_path / "tickets.csv"
+    rows = "".join(f"ticket {row} wants {row % 2},team {row % 2},it asks for {row % 2}\n" for row in range(40))
+    file.write_text(f"message,team,why\n{rows}")
+    said = python(f"""
+import json
+from kd_helpers.methods.rationales import (
+    load_seq2seq, measure, measured_batches, read_examples, split_examples, task_batches, train_seq2seq
+)
+examples = read_examples({str(file)!r}, text_column="message", label_column="team", rationale_column="why")
+learned, held_out = split_examples(examples, held_out=8)
+student, tokenizer = load_seq2seq("google/flan-t5-small")
+before = measure(student, measured_batches(held_out, tokenizer)).nats
+train_seq2seq(student, task_batches(learned, tokenizer, 8, seed=0), steps=20, description=None)
+after = measure(student, measured_batches(held_out, tokenizer)).nats
+print(json.dumps({{"kind": type(student).__name__, "before": before, "after": after}}))
+""")
+    found = json.loads(said.splitlines()[-1])
+    assert found["kind"] == "T5ForConditionalGeneration"
+    assert found["after"] < found["before"] / 2
+
+
 def test_a_trained_head_is_kept_in_the_order_of_the_data(tmp_path, tokenizer):
     trained = hub_cache.sentiment_model(("Positive", "negative", "NEUTRAL"))
     folder = folder_with(tmp_path, trained, tokenizer)

@@ -20,6 +20,8 @@ from transformers import (
     DistilBertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from kd_helpers.config import PACKAGED_MODEL
@@ -27,6 +29,7 @@ from kd_helpers.data import LABEL_NAMES, clean, deduplicate, read_packaged_tweet
 from kd_helpers.models import load_tokenizer
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 128}
 SPLITS = {"train": 10_200, "validation": 600, "test": 700}
 
@@ -40,6 +43,8 @@ def build(home: Path) -> dict[str, str]:
         "distilbert/distilbert-base-uncased": _random(DistilBertForMaskedLM, DistilBertConfig(**DISTILBERT)),
     }.items():
         add_model(home, name, model, tokenizer)
+    t5 = T5Config(**T5, vocab_size=30_528, decoder_start_token_id=0, tie_word_embeddings=False)  # as flan-t5 has it
+    add_model(home, "google/flan-t5-small", _random(T5ForConditionalGeneration, t5), tokenizer)
     _add(home, "datasets--cardiffnlp--tweet_eval", _tweet_eval)
     _add(home, "datasets--stanfordnlp--sst2", _sst2)
     _add(home, "datasets--clinc--clinc_oos", _clinc)
