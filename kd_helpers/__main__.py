@@ -34,7 +34,7 @@ COMMANDS = {
         "kd_helpers.experiments.sweep", "Run a notebook with every combination of some parameters (chapter 07)."
     ),
     "study": Command(
-        "kd_helpers.experiments.study",
+        "kd_helpers.experiments.studies",
         "Make one of the course's studies again: the comparison of chapter 06, or a paper's.",
     ),
     "stories": Command(

@@ -224,6 +224,7 @@ def test_an_installation_without_extras_distils_and_says_what_else_needs(install
         "launch/fsdp.yaml",
         "experiments/results/comparison.json",
         "methods/data/smollm2_stories.jsonl.gz",
+        "methods/data/smollm2_explanations.jsonl.gz",
     } <= set(package)
     assert not [name for name in package if name.endswith(".png")]
 

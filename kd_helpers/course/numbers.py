@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from kd_helpers.experiments.statistics import mean_interval
-from kd_helpers.experiments.study import STUDIES, gains, means, stored_study, study_table
+from kd_helpers.experiments.studies import STUDIES
+from kd_helpers.experiments.study import gains, means, stored_study, study_table
 
 _NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?%?"
 # The number, or two with "to" between them, its unit, and the marker.
@@ -29,6 +30,7 @@ MARKED = re.compile(rf"(?:{_NUMBER} to )?{_NUMBER}(?: (?:points?|nats))?<!-- (?P
 SHARES = (
     *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "again_accuracy", "validation"),
     *("coherent", "grammar", "names", "plot", "ending"),
+    *("rationale_accuracy", "given_accuracy", "given_rationales"),
 )
 # Numbers that no study has, by the name of the marker; each function returns the number as it is written.
 OTHERS: dict[str, Callable[[str], str]] = {}

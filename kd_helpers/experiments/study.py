@@ -1,16 +1,14 @@
 """Studies: several arms, each run with several seeds, stored with their provenance and compared seed by seed.
 
-Every comparison of the course is a study: that of chapter 06 and those of chapters 10 to 12. A run that is finished is
+Every comparison of the course is a study: that of chapter 06 and those of chapters 10 to 14. A run that is finished is
 found again, so an interrupted study continues where it stopped, and two processes that make the same study at the same
 time share its runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
-import importlib
 import itertools
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +23,6 @@ from kd_helpers import artifacts
 from kd_helpers.experiments import RESULTS
 from kd_helpers.experiments.statistics import intervals
 from kd_helpers.provenance import made_by, source_digest, versions
-
-# The studies that `kd-helpers study NAME` makes: modules with a function `study`, whose result is stored by that name.
-STUDIES = ("comparison", "dark_knowledge", "distilbert", "tinybert", "language_models")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,24 +171,3 @@ def gains(result: Mapping[str, Any], metric: str, *, over: str) -> pd.DataFrame:
     """
     table = study_table(result, metric)
     return intervals({arm: table[arm] - table[over] for arm in table if arm != over}, "gain")
-
-
-def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers study") -> int:
-    """Make a study and store it in the package.
-
-    Returns:
-        Exit status: 0. A request that can't be met exits with 2.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Make one of the course's studies and store it in the package, with what made it. Runs that are "
-        "finished are found again, so the same command continues an interrupted study.",
-        epilog=f"Example: {prog} dark_knowledge. A study takes from half an hour to two hours on two cores; "
-        "the same command in a second terminal shares the work.",
-    )
-    parser.add_argument("study", choices=STUDIES, help="which one; the result goes to experiments/results/STUDY.json")
-    name = parser.parse_args(arguments).study
-    result = importlib.import_module(f"kd_helpers.experiments.{name}").study()
-    artifacts.save_json(RESULTS / f"{name}.json", result)
-    print(f"{len(result['runs'])} runs of {len(result['arms'])} arms, written to {RESULTS / f'{name}.json'}")
-    return 0

@@ -16,9 +16,19 @@ import pytest
 import kd_helpers
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
-from kd_helpers.experiments import RESULTS, comparison, dark_knowledge, distilbert, language_models, study, tinybert
+from kd_helpers.experiments import (
+    RESULTS,
+    comparison,
+    dark_knowledge,
+    distilbert,
+    language_models,
+    rationales,
+    studies,
+    study,
+    tinybert,
+)
+from kd_helpers.experiments.studies import STUDIES
 from kd_helpers.experiments.study import (
-    STUDIES,
     Arm,
     Study,
     gains,
@@ -270,6 +280,7 @@ MODULES = {
     "distilbert": distilbert,
     "tinybert": tinybert,
     "language_models": language_models,
+    "rationales": rationales,
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
@@ -277,7 +288,9 @@ SEEDS = {
     "distilbert": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
     "language_models": language_models.SEEDS,
+    "rationales": rationales.SEEDS,
 }
+ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
 
 def test_every_study_that_can_be_made_is_stored():
@@ -290,7 +303,7 @@ def test_every_study_that_can_be_made_is_stored():
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_stored_study_has_the_arms_of_today(name):
     """Or a figure would put today's titles on what another arm once measured."""
-    stored, arms = stored_study(name), MODULES[name].ARMS
+    stored, arms = stored_study(name), ARMS_OF[name]
     today = {arm: described.to_dict() for arm, described in arms.items()}
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
@@ -341,13 +354,14 @@ def test_a_stored_study_says_where_it_comes_from(name):
 
 
 def test_the_command_stores_a_study(own_artifacts, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    for module in (study, studies):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
     made = {"made_with": {}, "choices": {}, "arms": {"one": {}}, "seeds": [0], "runs": [{}, {}]}
     asked = []
     monkeypatch.setattr(
-        study.importlib, "import_module", lambda name: asked.append(name) or SimpleNamespace(study=lambda: made)
+        studies.importlib, "import_module", lambda name: asked.append(name) or SimpleNamespace(study=lambda: made)
     )
-    assert study.main(["dark_knowledge"]) == 0
+    assert studies.main(["dark_knowledge"]) == 0
     assert asked == ["kd_helpers.experiments.dark_knowledge"]
     assert stored_study("dark_knowledge") == made
     assert capsys.readouterr().out == f"2 runs of 1 arms, written to {tmp_path / 'dark_knowledge.json'}\n"
@@ -356,6 +370,6 @@ def test_the_command_stores_a_study(own_artifacts, monkeypatch, tmp_path, capsys
 def test_a_study_that_does_not_exist_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail("it was loaded"))
     with pytest.raises(SystemExit) as stopped:
-        study.main(["other"])
+        studies.main(["other"])
     assert stopped.value.code == 2
     assert "invalid choice: 'other'" in capsys.readouterr().err
