@@ -367,7 +367,7 @@ TWEET_ARMS = {
     **_sizes("longer", "Labels, twice the steps", (3000,), times=EQUAL_COMPUTE),
     **_sizes("shuffled", "Labels and rationales of other tweets", (3000,), rationales="shuffled"),
 }
-TWEETS_TRAINING = Training(steps=1000, every=125, vocabulary=1024)
+TWEETS_TRAINING = Training(steps=600, every=75, test=4000, vocabulary=1024)
 
 
 # --- the studies ---
