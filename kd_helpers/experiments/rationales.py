@@ -1,8 +1,8 @@
 """The studies of chapter 14: do a teacher's rationales help a student, and what about them does?
 
 Every arm trains a small encoder-decoder for the same number of steps, unless it is there to show what more steps do.
-Arms with the same seed start from the same weights and learn the same questions in the same order. Each seed has its
-own questions.
+The encoder-decoder is pre-trained on texts without labels, as the T5 of the paper is. Arms with the same seed start
+from the same weights and learn the same questions in the same order. Each seed has its own weights and questions.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ from kd_helpers.methods.rationales import (
     split_answer,
     task_batches,
     train_seq2seq,
+    with_blanks,
     write_targets,
 )
-from kd_helpers.methods.reasoning_tasks import explained_tweets, first_examples, held_out_tweets
+from kd_helpers.methods.reasoning_tasks import explained_tweets, first_examples, held_out_tweets, unlabelled_tweets
 from kd_helpers.models import count_parameters, freeze
+from kd_helpers.pretrained import tokenizer_digest
 from kd_helpers.provenance import made_by
 
 MODULE = "kd_helpers.experiments.rationales"
-BASELINE = "labels_800"
-SEEDS = (0, 1, 2, 3, 4)
-TEACHER_SEED, HELD_OUT_SEED = 100, 101  # of the examples that the teacher learns, and of those that are measured on
+# With 400 questions a student may or may not find out how the materials work, so that task needs more seeds.
+SEEDS = {"knowledge": tuple(range(10)), "arithmetic": tuple(range(5)), "tweets": tuple(range(5))}
+# Of the examples that the teacher learns, of those that are measured on, and of the texts without labels.
+TEACHER_SEED, HELD_OUT_SEED, UNLABELLED_SEED = 100, 101, 102
+LEARNING_RATE = 3e-3  # of a model of width 64; a wider one needs a lower rate
 LABEL_TOKENS, CHAIN_TOKENS = 6, 64  # that an answer has at most, without and with a rationale before it
 
 
@@ -60,7 +64,7 @@ class Lesson:
         times: its steps, as a multiple of those of the others.
     """
 
-    examples: int = 800
+    examples: int = 400
     labels: str = "true"
     rationales: str = ""
     first: bool = False
@@ -75,6 +79,8 @@ class Training:
     Attributes:
         steps: optimiser steps of the student.
         every: steps between two measurements on validation.
+        pretraining_steps: before them, on texts without labels; of the teacher, too.
+        unlabelled: texts without labels.
         teacher_width: of the teacher.
         teacher_examples: that it learns, with their true rationales.
         teacher_steps: of the finished teacher; `TEACHERS` says when the others are taken.
@@ -83,18 +89,20 @@ class Training:
         vocabulary: tokens of the tokenizer.
     """
 
-    steps: int = 2000
-    every: int = 250
-    teacher_width: int = 128
-    teacher_examples: int = 2000
-    teacher_steps: int = 3000
+    steps: int = 1000
+    every: int = 125
+    pretraining_steps: int = 3000
+    unlabelled: int = 16_000
+    teacher_width: int = 96
+    teacher_examples: int = 300
+    teacher_steps: int = 1000
     validation: int = 500
     test: int = 2000
     vocabulary: int = 512
 
 
 # After which share of its training a teacher explains.
-TEACHERS = {"early teacher": 0.1, "middle teacher": 0.15, "teacher": 1.0}
+TEACHERS = {"early teacher": 0.15, "middle teacher": 0.2, "teacher": 1.0}
 
 
 # --- questions ---
@@ -105,6 +113,7 @@ class Ground(NamedTuple):
 
     Attributes:
         tokenizer: trained on them.
+        unlabelled: texts to pre-train on.
         learned: the examples of a lesson with a seed.
         validation: examples that the best step is chosen with.
         test: examples that are measured on in the end.
@@ -112,6 +121,7 @@ class Ground(NamedTuple):
     """
 
     tokenizer: PreTrainedTokenizerBase
+    unlabelled: list[str]
     learned: Callable[[Lesson, int], list[Example]]
     validation: list[Example]
     test: list[Example]
@@ -126,12 +136,13 @@ def made_ground(task: str, training: Training) -> Ground:
         vocabulary=training.vocabulary,
     )
     held_out = first_examples(task, training.validation + training.test, seed=HELD_OUT_SEED, held_out=True)
+    unlabelled = [example.question for example in first_examples(task, training.unlabelled, seed=UNLABELLED_SEED)]
 
     @functools.cache
     def explained(teacher: str, seed: int) -> dict[str, Example]:
         """What a teacher says of all questions of a seed."""
         questions = [example.question for example in first_examples(task, MOST_EXAMPLES, seed=seed)]
-        model = rationale_teachers(task, known, tokenizer, training)[teacher]
+        model = rationale_teachers(known, ground, training)[teacher]
         return {
             example.question: example
             for example in cached_explanations(model, tokenizer, questions, new_tokens=CHAIN_TOKENS)
@@ -153,7 +164,9 @@ def made_ground(task: str, training: Training) -> Ground:
             ]
         return as_asked(examples, lesson.rationales)
 
-    return Ground(tokenizer, learned, held_out[: training.validation], held_out[training.validation :])
+    validation, test = held_out[: training.validation], held_out[training.validation :]
+    ground = Ground(tokenizer, unlabelled, learned, validation, test)
+    return ground
 
 
 def tweets_ground(training: Training) -> Ground:
@@ -165,8 +178,10 @@ def tweets_ground(training: Training) -> Ground:
         return as_asked(random.Random(seed).sample(explained, lesson.examples), lesson.rationales)
 
     tokenizer = question_tokenizer(texts, vocabulary=training.vocabulary)
+    unlabelled = unlabelled_tweets(training.unlabelled, after=len(explained))
     held_out = held_out_tweets(training.validation, training.test)
-    return Ground(tokenizer, learned, *held_out, data=artifacts.fingerprint({"of": [explained, *held_out]}))
+    data = artifacts.fingerprint({"of": [unlabelled, explained, *held_out]})
+    return Ground(tokenizer, unlabelled, learned, *held_out, data=data)
 
 
 def as_asked(examples: list[Example], rationales: str) -> list[Example]:
@@ -182,19 +197,58 @@ def as_asked(examples: list[Example], rationales: str) -> list[Example]:
     return [example._replace(rationale=rationale) for example, rationale in zip(examples, given, strict=True)]
 
 
-def rationale_teachers(
-    task: str, known: Sequence[Example], tokenizer: PreTrainedTokenizerBase, training: Training
-) -> dict[str, PreTrainedModel]:
-    """The teachers of a task, frozen: one model, taken at several moments of its training; found again, or trained."""
-    key = artifacts.fingerprint({**made_by(MODULE), "task": task, "training": dataclasses.asdict(training)})
+def rate(width: int) -> float:
+    """The peak of the learning rate for a model of this width."""
+    return LEARNING_RATE * 64 / width
+
+
+def pretrained(ground: Ground, training: Training, *, width: int, seed: int) -> PreTrainedModel:
+    """An encoder-decoder that has learned to fill the blanks in texts without labels; found again, or trained."""
+    key = artifacts.fingerprint(
+        {
+            **made_by(MODULE),
+            "texts": artifacts.fingerprint({"of": ground.unlabelled}),
+            "tokenizer": tokenizer_digest(ground.tokenizer),
+            "steps": training.pretraining_steps,
+            "width": width,
+            "seed": seed,
+        }
+    )
+    folder = artifacts.artifacts_dir() / "pretrained_students" / key
+    model = make_seq2seq(ground.tokenizer, width=width, seed=seed)
+
+    def train(target: Path) -> None:
+        batches = task_batches(with_blanks(ground.unlabelled, seed=seed), ground.tokenizer, seed=seed)
+        steps, learning_rate = training.pretraining_steps, rate(width)
+        train_seq2seq(model, batches, steps=steps, learning_rate=learning_rate, description="Pre-training")
+        safetensors.torch.save_model(model, target / "model.safetensors")
+
+    artifacts.get_or_build(folder, train)
+    safetensors.torch.load_model(model, folder / "model.safetensors")
+    return model
+
+
+def rationale_teachers(known: Sequence[Example], ground: Ground, training: Training) -> dict[str, PreTrainedModel]:
+    """The teachers of a task, frozen: one model, taken at several moments of its training; found again, or trained.
+
+    Args:
+        known: examples that the teacher learns, with their rationales.
+        ground: of the task.
+        training: how the teacher is trained.
+    """
+    key = artifacts.fingerprint(
+        {
+            **made_by(MODULE),
+            "known": artifacts.fingerprint({"of": known}),
+            "texts": artifacts.fingerprint({"of": ground.unlabelled}),
+            "training": dataclasses.asdict(training),
+        }
+    )
     folder = artifacts.artifacts_dir() / "rationale_teachers" / key
     moments = {round(share * training.teacher_steps): name for name, share in TEACHERS.items()}
 
-    def fresh() -> PreTrainedModel:
-        return make_seq2seq(tokenizer, width=training.teacher_width, seed=TEACHER_SEED)
-
     def train(target: Path) -> None:
-        model = fresh()
+        model = pretrained(ground, training, width=training.teacher_width, seed=TEACHER_SEED)
 
         def keep(step: int) -> None:
             if step in moments:
@@ -202,8 +256,9 @@ def rationale_teachers(
 
         train_seq2seq(
             model,
-            task_batches([explained_first(example) for example in known], tokenizer, seed=TEACHER_SEED),
+            task_batches([explained_first(example) for example in known], ground.tokenizer, seed=TEACHER_SEED),
             steps=training.teacher_steps,
+            learning_rate=rate(training.teacher_width),
             after_step=keep,
             description="Training the teacher",
         )
@@ -211,7 +266,7 @@ def rationale_teachers(
     artifacts.get_or_build(folder, train)
     teachers = {}
     for name in TEACHERS:
-        teachers[name] = fresh()
+        teachers[name] = make_seq2seq(ground.tokenizer, width=training.teacher_width, seed=TEACHER_SEED)
         safetensors.torch.load_model(teachers[name], folder / f"{name}.safetensors")
         freeze(teachers[name])
     return teachers
@@ -278,6 +333,7 @@ def trained(
         task_batches(targets, ground.tokenizer, seed=seed),
         steps=steps,
         rationale_weight=float(bool(lesson.rationales) and not lesson.first),
+        learning_rate=rate(lesson.width),
         after_step=after_step,
         description=None,
     )
@@ -291,7 +347,7 @@ def rationales_study(
     arms: Mapping[str, Arm],
     training: Training = Training(),
     *,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int],
 ) -> Study:
     """Train small encoder-decoders in several ways.
 
@@ -302,7 +358,7 @@ def rationales_study(
     """
 
     def run(lesson: Lesson, seed: int, _folder: Path) -> dict[str, Any]:
-        student = make_seq2seq(ground.tokenizer, width=lesson.width, seed=seed)
+        student = pretrained(ground, training, width=lesson.width, seed=seed)
         history = trained(student, ground.learned(lesson, seed), lesson, ground, training, seed=seed)
         started = time.perf_counter()
         written = written_answers(student, ground, ground.test, first=lesson.first)
@@ -336,31 +392,47 @@ def _sizes(name: str, title: str, counts: Sequence[int], **lesson: Any) -> dict[
     return {f"{name}_{count}": Arm(f"{title}, {count:,} examples", Lesson(count, **lesson)) for count in counts}
 
 
-COMMON_ARMS = {
-    **_sizes("labels", "Labels", (200, 800, 3200)),
-    **_sizes("rationales", "Labels and the teacher's rationales", (200, 800, 3200), rationales="teacher"),
-    **_sizes("teacher_labels", "The teacher's labels", (3200,), labels="teacher"),
-    **_sizes(
-        "teacher_rationales", "The teacher's labels and rationales", (3200,), labels="teacher", rationales="teacher"
-    ),
-    **_sizes("first", "The teacher's rationale, then the label", (800, 3200), rationales="teacher", first=True),
-    **_sizes("longer", "Labels, twice the steps", (800, 3200), times=EQUAL_COMPUTE),
-    **_sizes("true", "Labels and true rationales", (800,), rationales="true"),
-    **_sizes("shuffled", "Labels and rationales of other examples", (800,), rationales="shuffled"),
-    **_sizes("random", "Labels and random facts", (800,), rationales="random"),
+def _arms(counts: Sequence[int], middle: int) -> dict[str, Arm]:
+    """The arms that both made tasks have: curves over these numbers of examples, and controls at the middle one."""
+    fewer, most = tuple(count for count in counts if count >= middle), counts[-1:]
+    both = {"labels": "teacher", "rationales": "teacher"}
+    return {
+        **_sizes("labels", "Labels", counts),
+        **_sizes("rationales", "Labels and the teacher's rationales", counts, rationales="teacher"),
+        **_sizes("longer", "Labels, twice the steps", fewer, times=EQUAL_COMPUTE),
+        **_sizes("first", "The teacher's rationale, then the label", fewer, rationales="teacher", first=True),
+        **_sizes("teacher_labels", "The teacher's labels", most, labels="teacher"),
+        **_sizes("teacher_rationales", "The teacher's labels and rationales", most, **both),
+        **_sizes("true", "Labels and true rationales", (middle,), rationales="true"),
+        **_sizes("shuffled", "Labels and rationales of other examples", (middle,), rationales="shuffled"),
+        **_sizes("random", "Labels and random facts", (middle,), rationales="random"),
+    }
+
+
+def _more_arms(middle: int) -> dict[str, Arm]:
+    """More controls, teachers of less quality, and students of other widths."""
+    ways = (("labels", "Labels", ""), ("rationales", "Labels and rationales", "teacher"))
+    return {
+        **_sizes("false", "Labels and false facts", (middle,), rationales="false"),
+        **_sizes("noise", "Labels and noise", (middle,), rationales="noise"),
+        **_sizes("early", "Labels and an early teacher's rationales", (middle,), rationales="early teacher"),
+        **_sizes("middle", "Labels and a later teacher's rationales", (middle,), rationales="middle teacher"),
+        **{
+            f"{name}_{width}_wide": Arm(f"{title}, width {width}", Lesson(middle, rationales=rationales, width=width))
+            for width in (32, 48)
+            for name, title, rationales in ways
+        },
+    }
+
+
+ARMS = {
+    "knowledge": _arms((200, 400, 800, 3200), 400) | _more_arms(400),
+    "arithmetic": _arms((200, 800, 3200), 800),
 }
-MORE_ARMS = {
-    **_sizes("false", "Labels and false facts", (800,), rationales="false"),
-    **_sizes("noise", "Labels and noise", (800,), rationales="noise"),
-    **_sizes("early", "Labels and an early teacher's rationales", (800,), rationales="early teacher"),
-    **_sizes("middle", "Labels and a later teacher's rationales", (800,), rationales="middle teacher"),
-    **{
-        f"{name}_{width}_wide": Arm(f"{title}, width {width}", Lesson(width=width, rationales=rationales))
-        for width in (32, 48)
-        for name, title, rationales in (("labels", "Labels", ""), ("rationales", "Labels and rationales", "teacher"))
-    },
+TRAINING = {
+    "knowledge": Training(),
+    "arithmetic": Training(steps=3000, every=375, teacher_examples=500, teacher_steps=2000),
 }
-ARMS = {"knowledge": COMMON_ARMS | MORE_ARMS, "arithmetic": COMMON_ARMS}
 TWEET_ARMS = {
     **_sizes("labels", "Labels", (750, 3000)),
     **_sizes("rationales", "Labels and SmolLM2's rationales", (750, 3000), rationales="teacher"),
@@ -384,7 +456,7 @@ def measured_teachers(task: str, training: Training) -> dict[str, dict[str, floa
     known = first_examples(task, training.teacher_examples, seed=TEACHER_SEED)
     ground, given = made_ground(task, training), first_examples(task, MOST_EXAMPLES, seed=0)
     found = {}
-    for name, teacher in rationale_teachers(task, known, ground.tokenizer, training).items():
+    for name, teacher in rationale_teachers(known, ground, training).items():
         on_test, on_given = (
             cached_explanations(
                 teacher, ground.tokenizer, [example.question for example in examples], new_tokens=CHAIN_TOKENS
@@ -403,9 +475,10 @@ def measured_teachers(task: str, training: Training) -> dict[str, dict[str, floa
     return found
 
 
-def study_of(task: str, training: Training = Training(), **options: Any) -> dict[str, Any]:
+def study_of(task: str) -> dict[str, Any]:
     """The study of a made task, with what is measured of its teachers: `teachers` (see `measured_teachers`)."""
-    made = rationales_study(task, made_ground(task, training), ARMS[task], training, **options)
+    training = TRAINING[task]
+    made = rationales_study(task, made_ground(task, training), ARMS[task], training, seeds=SEEDS[task])
     return run_study(made) | {"teachers": measured_teachers(task, training)}
 
 
@@ -415,5 +488,6 @@ def study() -> dict[str, Any]:
     Returns:
         What `study_of` returns for "knowledge", with `arithmetic`, the same for that task, and `tweets`.
     """
-    tweets = rationales_study("explained_tweets", tweets_ground(TWEETS_TRAINING), TWEET_ARMS, TWEETS_TRAINING)
+    ground, seeds = tweets_ground(TWEETS_TRAINING), SEEDS["tweets"]
+    tweets = rationales_study("explained_tweets", ground, TWEET_ARMS, TWEETS_TRAINING, seeds=seeds)
     return study_of("knowledge") | {"arithmetic": study_of("arithmetic"), "tweets": run_study(tweets)}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ from kd_helpers.runtime import autocast
 
 LABEL, RATIONALE = "[label]", "[rationale]"  # the prefixes of the two tasks
 ANSWER = "so the answer is"  # between a rationale and the label that follows from it
+BLANK = "_"  # stands for a word in pre-training
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-3
 MAX_LENGTH = 512  # tokens of a source or a target
@@ -82,8 +84,12 @@ class Example(NamedTuple):
 
 
 def question_tokenizer(texts: Iterable[str], *, vocabulary: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on these texts that ends a text with `<end>`, as T5's does with `</s>`."""
+    """A byte-level BPE tokenizer trained on these texts that ends a text with `<end>`, as T5's does with `</s>`.
+
+    The prefixes of the tasks and the blank are a token each, beside those of the vocabulary.
+    """
     tokenizer = story_tokenizer(texts, vocabulary=vocabulary)
+    tokenizer.add_tokens([LABEL, RATIONALE, BLANK])
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"$A {tokenizer.eos_token}", special_tokens=[end]
@@ -278,6 +284,21 @@ def _padded(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batch:
 def _filled(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     length = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def with_blanks(texts: Sequence[str], *, seed: int, share: float = 0.3) -> list[Example]:
+    """Examples to pre-train a model with: a text with blanks is the question, the whole text the answer.
+
+    This is token masking as BART has it (Lewis et al. 2019, arXiv 1910.13461), a word at a time. It teaches a model of
+    random weights to read the texts and to write their words, and needs neither labels nor rationales.
+
+    Args:
+        texts: without labels.
+        seed: decides which words are left out.
+        share: of the words that are left out.
+    """
+    rng = random.Random(seed)
+    return [Example(" ".join(BLANK if rng.random() < share else word for word in text.split()), text) for text in texts]
 
 
 # --- the loss ---

@@ -99,15 +99,15 @@ def _knowledge(rng: random.Random, nouns: tuple[str, ...], claim: Callable[[bool
 # --- arithmetic ---
 
 NAMES = _words("anna ben clara dan emma finn grace hugo ida jack")
-VERBS = {"+": _words("buys finds gets wins"), "-": _words("loses sells drops spends")}
+VERBS = {"+": _words("buys finds"), "-": _words("loses sells")}
 
 
 def _arithmetic(rng: random.Random, nouns: tuple[str, ...], claim: Callable[[int], int]) -> Example:
     name, things = rng.choice(NAMES), f"{rng.choice(nouns)}s"
     while True:
         first, then = rng.choice("+-*"), rng.choice("+-")
-        a, b = (rng.randint(2, 4), rng.randint(2, 4)) if first == "*" else (rng.randint(1, 6), rng.randint(1, 6))
-        c = rng.randint(1, 6)
+        a, b = (rng.randint(2, 3), rng.randint(2, 3)) if first == "*" else (rng.randint(1, 5), rng.randint(1, 5))
+        c = rng.randint(1, 5)
         middle = {"+": a + b, "-": a - b, "*": a * b}[first]
         result = middle + c if then == "+" else middle - c
         if middle >= 1 and result >= 0:
@@ -133,7 +133,7 @@ def _claims(task: str, facts: str, rng: random.Random) -> Callable[[bool], bool]
         return lambda right: right
     if task == "knowledge":
         return {"false": lambda right: not right, "random": lambda right: rng.random() < 0.5}[facts]
-    return {"false": lambda right: right + 1, "random": lambda right: rng.randint(0, 18)}[facts]
+    return {"false": lambda right: right + 1, "random": lambda right: rng.randint(0, 15)}[facts]
 
 
 def made_examples(task: str, *, seed: int, held_out: bool = False, facts: str = "true") -> Iterator[Example]:
@@ -186,6 +186,12 @@ def explained_tweets() -> list[Example]:
     """Packaged tweets with their labels and with what SmolLM2-135M says is why; some have no rationale."""
     lines = gzip.decompress(EXPLANATIONS.read_bytes()).decode("ascii").splitlines()
     return [Example(row["tweet"], row["label"], row["rationale"]) for row in map(json.loads, lines)]
+
+
+def unlabelled_tweets(count: int, *, after: int) -> list[str]:
+    """The texts of the packaged tweets that come after the first so many."""
+    require_whole("count", count, minimum=1)
+    return load_splits(DistillConfig(train_size=after, transfer_size=count)).transfer["text"][:]
 
 
 def held_out_tweets(validation: int, test: int) -> tuple[list[Example], list[Example]]:

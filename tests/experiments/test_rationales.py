@@ -20,6 +20,7 @@ from kd_helpers.experiments.rationales import (
     labels_of,
     made_ground,
     measured_teachers,
+    pretrained,
     rationale_teachers,
     rationales_study,
     trained,
@@ -32,7 +33,16 @@ from kd_helpers.methods.reasoning_tasks import explained_tweets, first_examples
 from kd_helpers.models import weights_digest
 
 SMALL = Training(
-    steps=8, every=4, teacher_width=16, teacher_examples=40, teacher_steps=20, validation=30, test=40, vocabulary=400
+    steps=8,
+    every=4,
+    pretraining_steps=4,
+    unlabelled=40,
+    teacher_width=16,
+    teacher_examples=40,
+    teacher_steps=20,
+    validation=30,
+    test=40,
+    vocabulary=400,
 )
 COUNT = 48
 
@@ -110,13 +120,32 @@ def test_a_teacher_gives_rationales_and_if_asked_labels(small, monkeypatch):
 
 def test_the_teachers_are_one_model_at_several_moments(small, monkeypatch):
     known = first_examples("knowledge", SMALL.teacher_examples, seed=100)
-    teachers = rationale_teachers("knowledge", known, small.tokenizer, SMALL)
+    teachers = rationale_teachers(known, small, SMALL)
     assert list(teachers) == list(TEACHERS)
     assert len({weights_digest(teacher) for teacher in teachers.values()}) == len(TEACHERS)
     assert not any(p.requires_grad for teacher in teachers.values() for p in teacher.parameters())
     monkeypatch.setattr(rationales, "train_seq2seq", lambda *_, **__: pytest.fail("it was trained again"))
-    again = rationale_teachers("knowledge", known, small.tokenizer, SMALL)
+    again = rationale_teachers(known, small, SMALL)
     assert {n: weights_digest(t) for n, t in again.items()} == {n: weights_digest(t) for n, t in teachers.items()}
+
+
+def test_students_are_pre_trained_on_texts_without_labels(small, monkeypatch):
+    model = pretrained(small, SMALL, width=16, seed=0)
+    fresh = make_seq2seq(small.tokenizer, width=16, seed=0)
+    assert weights_digest(model) != weights_digest(fresh)
+    monkeypatch.setattr(rationales, "train_seq2seq", lambda *_, **__: pytest.fail("it was trained again"))
+    assert weights_digest(pretrained(small, SMALL, width=16, seed=0)) == weights_digest(model)
+    held_out = {example.question for example in (*small.validation, *small.test)}
+    assert len(set(small.unlabelled)) == SMALL.unlabelled
+    assert not held_out & set(small.unlabelled)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"width": 32}, {"seed": 1}, {"training": dataclasses.replace(SMALL, pretraining_steps=3)}]
+)
+def test_another_pre_training_is_another_student(small, changed):
+    asked = {"training": SMALL, "width": 16, "seed": 0}
+    assert weights_digest(pretrained(small, **asked)) != weights_digest(pretrained(small, **asked | changed))
 
 
 def test_tweets_are_drawn_anew_for_each_seed():
@@ -129,6 +158,7 @@ def test_tweets_are_drawn_anew_for_each_seed():
     held_out = {example.question for example in (*ground.validation, *ground.test)}
     assert len(held_out) == SMALL.validation + SMALL.test
     assert not held_out & set(tweets)
+    assert not (held_out | set(tweets)) & set(ground.unlabelled)
     assert ground.data
 
 
@@ -215,15 +245,16 @@ def test_the_arms_differ_in_what_they_say_alone():
         recipes = [arm.recipe for arm in arms.values()]
         assert len(set(recipes)) == len(recipes), "no arm is run twice"
         assert all(recipe.examples <= rationales.MOST_EXAMPLES for recipe in recipes)
-    assert ARMS["arithmetic"].keys() < ARMS["knowledge"].keys()
-    assert len(SEEDS) >= 5
+    assert all(set(TEACHERS) >= {arm.recipe.rationales} for arm in ARMS["arithmetic"].values() if arm.recipe.first)
+    assert all(len(seeds) >= 5 for seeds in SEEDS.values())
     base = Lesson()
     changed = {
         name: {field for field, value in dataclasses.asdict(arm.recipe).items() if value != getattr(base, field)}
         for name, arm in ARMS["knowledge"].items()
     }
-    assert changed["labels_800"] == set()
-    for name in ("true_800", "shuffled_800", "random_800", "false_800", "noise_800", "early_800", "rationales_800"):
+    assert changed["labels_400"] == set()
+    for name in ("true_400", "shuffled_400", "random_400", "false_400", "noise_400", "early_400", "rationales_400"):
         assert changed[name] == {"rationales"}
-    assert changed["longer_800"] == {"times"}
-    assert changed["first_800"] == {"rationales", "first"}
+    assert changed["longer_400"] == {"times"}
+    assert changed["first_400"] == {"rationales", "first"}
+    assert changed["rationales_32_wide"] == {"rationales", "width"}

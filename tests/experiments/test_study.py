@@ -22,7 +22,6 @@ from kd_helpers.experiments import (
     dark_knowledge,
     distilbert,
     language_models,
-    rationales,
     studies,
     study,
     tinybert,
@@ -280,7 +279,6 @@ MODULES = {
     "distilbert": distilbert,
     "tinybert": tinybert,
     "language_models": language_models,
-    "rationales": rationales,
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
@@ -288,9 +286,7 @@ SEEDS = {
     "distilbert": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
     "language_models": language_models.SEEDS,
-    "rationales": rationales.SEEDS,
 }
-ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
 
 def test_every_study_that_can_be_made_is_stored():
@@ -303,7 +299,7 @@ def test_every_study_that_can_be_made_is_stored():
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_stored_study_has_the_arms_of_today(name):
     """Or a figure would put today's titles on what another arm once measured."""
-    stored, arms = stored_study(name), ARMS_OF[name]
+    stored, arms = stored_study(name), MODULES[name].ARMS
     today = {arm: described.to_dict() for arm, described in arms.items()}
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"

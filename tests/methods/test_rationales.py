@@ -18,6 +18,7 @@ from kd_helpers import artifacts
 from kd_helpers.losses import IGNORE_INDEX
 from kd_helpers.methods import rationales
 from kd_helpers.methods.rationales import (
+    BLANK,
     LABEL,
     RATIONALE,
     Example,
@@ -34,6 +35,7 @@ from kd_helpers.methods.rationales import (
     step_by_step_loss,
     task_batches,
     train_seq2seq,
+    with_blanks,
     write_targets,
 )
 from kd_helpers.models import freeze, weights_digest
@@ -60,7 +62,7 @@ def tiny(tokenizer, *, seed: int = 0) -> PreTrainedModel:
 def taught(tokenizer) -> PreTrainedModel:
     """A student that has learned some of both tasks, but not all."""
     model = tiny(tokenizer)
-    train_seq2seq(model, task_batches(EXAMPLES, tokenizer, 6, seed=0), steps=120, learning_rate=1e-2, description=None)
+    train_seq2seq(model, task_batches(EXAMPLES, tokenizer, 6, seed=0), steps=60, learning_rate=1e-2, description=None)
     return freeze(model)
 
 
@@ -123,7 +125,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tokenizer, taught, tmp_path)
 def test_a_tokenizer_of_another_model_is_refused(taught, tmp_path):
     taught.save_pretrained(tmp_path)
     question_tokenizer([f"{number} words" for number in range(500)], vocabulary=340).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"knows 340 tokens, the model \d+; use the tokenizer that the model"):
+    with pytest.raises(ValueError, match=r"knows 343 tokens, the model \d+; use the tokenizer that the model"):
         load_seq2seq(str(tmp_path))
 
 
@@ -363,6 +365,21 @@ def test_explanations_are_cached_and_an_interrupted_pass_goes_on(own_artifacts, 
     assert [(example.rationale, example.label) for example in found] == list(map(split_answer, written))
     assert sum(said.label == true.label for said, true in zip(found, EXAMPLES, strict=True)) > len(EXAMPLES) / 2
     assert not list((artifacts.artifacts_dir() / "checkpoints").iterdir())
+
+
+def test_blanks_are_filled_with_the_words_that_were_left_out(tokenizer):
+    texts = [example.question for example in EXAMPLES]
+    examples = with_blanks(texts, seed=0)
+    assert [example.label for example in examples] == texts
+    words = blanks = 0
+    for example in examples:
+        pairs = list(zip(example.question.split(" "), example.label.split(" "), strict=True))
+        assert all(shown in (word, BLANK) for shown, word in pairs)
+        words, blanks = words + len(pairs), blanks + sum(shown == BLANK for shown, _ in pairs)
+    assert 0.2 < blanks / words < 0.4
+    assert with_blanks(texts, seed=0) == examples != with_blanks(texts, seed=1)
+    assert with_blanks(texts, seed=0, share=0.0) == [Example(text, text) for text in texts]
+    assert len(tokenizer(f"{LABEL} {BLANK} {RATIONALE}")["input_ids"]) in (4, 6), "a token each, with spaces or not"
 
 
 def test_another_teacher_or_another_question_is_explained_anew(own_artifacts, tokenizer, explaining, monkeypatch):
