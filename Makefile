@@ -70,17 +70,19 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
 	$(BIN)/python -m kd_helpers course sweep
 
-study: $(READY) ## make the studies of notebooks 10 to 13 again, three and a half hours; resumes where it stopped
+study: $(READY) ## make the studies of notebooks 10 to 14 again, five hours; resumes where it stopped
 	$(BIN)/python -m kd_helpers study dark_knowledge
 	$(BIN)/python -m kd_helpers study distilbert
 	$(BIN)/python -m kd_helpers study tinybert
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study language_models & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study language_models && wait $$!
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study rationales & \
+		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study rationales && wait $$!
 
 stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, minutes on a GPU, else hours; resumes where it stopped
 	$(BIN)/python -m kd_helpers stories
 
-explanations: $(READY) ## let SmolLM2-135M explain the tweets again whose explanations come with the package, a quarter of an hour; resumes where it stopped
+explanations: $(READY) ## let SmolLM2-135M explain the tweets of chapter 14 again, a quarter of an hour; resumes where it stopped
 	$(BIN)/python -m kd_helpers explanations
 
 benchmark: $(READY) ## time the loop against the usual ways, about a quarter of an hour on an idle machine

@@ -96,10 +96,10 @@ def _stored(study: str) -> Mapping[str, Any]:
 
 
 def _written(value: float, share: bool) -> str:
-    """One digit behind the point for shares in percent, else two, or three where the value is small."""
-    if share:
-        return f"{100 * value:.1f}".replace("-", "−")
-    return f"{value:.3f}".replace("-", "−") if abs(value) < 0.1 else f"{value:.2f}".replace("-", "−")
+    """One digit behind the point for shares in percent, else two, or three where the value is small; never −0."""
+    digits = 1 if share else 3 if abs(value) < 0.1 else 2
+    text = f"{100 * value if share else value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _sweep(rest: str) -> str:

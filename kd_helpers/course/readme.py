@@ -29,6 +29,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "11": ("methods.hidden_losses", "methods.distilbert"),
     "12": ("methods.tinybert", "methods.augmentation"),
     "13": ("methods.language_models", "methods.stories"),
+    "14": ("methods.rationales", "methods.reasoning_tasks"),
     "16": ("trainer", "train", "shards"),
 }
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kd_helpers.course.numbers import fill, number
+from kd_helpers.course.numbers import _written, fill, number
 from kd_helpers.experiments.comparison import stored_comparison
 from kd_helpers.experiments.study import stored_study
 from kd_helpers.experiments.sweep import stored_sweep
@@ -102,3 +102,18 @@ def test_a_stale_number_is_written_anew():
 def test_a_marker_that_names_nothing_is_refused(spec):
     with pytest.raises(ValueError, match=r"setting of the sweep|stored comparison has no"):
         number(spec)
+
+
+@pytest.mark.parametrize(
+    ("value", "share", "written"),
+    [
+        (0.186, True, "18.6"),
+        (-0.186, True, "−18.6"),
+        (-0.0004, True, "0.0"),
+        (-1.238, False, "−1.24"),
+        (-0.0123, False, "−0.012"),
+        (-0.0001, False, "0.000"),
+    ],
+)
+def test_a_number_has_as_many_digits_as_it_needs_and_no_minus_before_0(value, share, written):
+    assert _written(value, share) == written

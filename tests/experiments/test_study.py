@@ -22,6 +22,7 @@ from kd_helpers.experiments import (
     dark_knowledge,
     distilbert,
     language_models,
+    rationales,
     studies,
     study,
     tinybert,
@@ -279,6 +280,7 @@ MODULES = {
     "distilbert": distilbert,
     "tinybert": tinybert,
     "language_models": language_models,
+    "rationales": rationales,
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
@@ -286,7 +288,9 @@ SEEDS = {
     "distilbert": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
     "language_models": language_models.SEEDS,
+    "rationales": rationales.SEEDS["knowledge"],
 }
+ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
 
 def test_every_study_that_can_be_made_is_stored():
@@ -299,7 +303,7 @@ def test_every_study_that_can_be_made_is_stored():
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_stored_study_has_the_arms_of_today(name):
     """Or a figure would put today's titles on what another arm once measured."""
-    stored, arms = stored_study(name), MODULES[name].ARMS
+    stored, arms = stored_study(name), ARMS_OF[name]
     today = {arm: described.to_dict() for arm, described in arms.items()}
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
@@ -313,7 +317,17 @@ def test_a_stored_study_is_complete(name):
     assert stored["seeds"] == list(SEEDS[name])
     found = [(run["arm"], run["seed"]) for run in stored["runs"]]
     assert len(set(found)) == len(found)
-    assert set(found) == {(arm, seed) for arm in MODULES[name].ARMS for seed in SEEDS[name]}
+    assert set(found) == {(arm, seed) for arm in ARMS_OF[name] for seed in SEEDS[name]}
+
+
+@pytest.mark.parametrize(
+    ("part", "arms"), [("arithmetic", rationales.ARMS["arithmetic"]), ("tweets", rationales.TWEET_ARMS)]
+)
+def test_the_parts_of_the_study_of_rationales_are_complete(part, arms):
+    stored, seeds = stored_study("rationales")[part], rationales.SEEDS[part]
+    assert stored["arms"] == json.loads(json.dumps({arm: described.to_dict() for arm, described in arms.items()}))
+    found = [(run["arm"], run["seed"]) for run in stored["runs"]]
+    assert sorted(found) == sorted((arm, seed) for arm in arms for seed in seeds)
 
 
 @pytest.mark.parametrize(("name", "module"), [("distilbert", distilbert), ("tinybert", tinybert)])

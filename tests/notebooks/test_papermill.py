@@ -34,6 +34,24 @@ def test_chapter_05_runs_with_other_parameters_from_anywhere(tmp_path):
     assert f"At temperature {temperature:g} and alpha {alpha:g}" in text
 
 
+def test_chapter_14_learns_rationales_from_a_file_of_ones_own(tmp_path):
+    rows = [
+        f"Ticket {row}: my {thing} does not work,{team},The {thing} belongs to {team}."
+        for row in range(12)
+        for thing, team in (("card", "billing"), ("screen", "technical"), ("door", "other"))
+    ]
+    (tmp_path / "tickets.csv").write_text("message,team,why\n" + "\n".join([*rows, "What do I do?,other,"]) + "\n")
+    columns = ["-p", "text_column", "message", "-p", "label_column", "team", "-p", "rationale_column", "why"]
+    short = ["-p", "held_out", "9", "-p", "student_steps", "20", "-p", "rationale_weight", "0.5"]
+    done = papermill(
+        NOTEBOOKS / "14_step_by_step.ipynb", "out.ipynb", "-p", "data", "tickets.csv", *columns, *short, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert "28 questions to learn, 9 to measure on, 3 different labels" in text
+    assert "labels and rationales: " in text
+
+
 def test_a_bad_parameter_stops_with_one_sentence(tmp_path):
     done = papermill(DISTILL, "out.ipynb", "-p", "temperature", "0", cwd=tmp_path)
     assert done.returncode != 0
