@@ -42,13 +42,27 @@ def test_chapter_14_learns_rationales_from_a_file_of_ones_own(tmp_path):
     ]
     (tmp_path / "tickets.csv").write_text("message,team,why\n" + "\n".join([*rows, "What do I do?,other,"]) + "\n")
     columns = ["-p", "text_column", "message", "-p", "label_column", "team", "-p", "rationale_column", "why"]
-    short = ["-p", "held_out", "9", "-p", "student_steps", "20", "-p", "rationale_weight", "0.5"]
+    short = [
+        "-p",
+        "held_out",
+        "9",
+        "-p",
+        "pretraining_steps",
+        "20",
+        "-p",
+        "student_steps",
+        "20",
+        "-p",
+        "rationale_weight",
+        "0.5",
+    ]
     done = papermill(
         NOTEBOOKS / "14_step_by_step.ipynb", "out.ipynb", "-p", "data", "tickets.csv", *columns, *short, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     text = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
-    assert "28 questions to learn, 9 to measure on, 3 different labels" in text
+    assert "28 questions to learn, 9 to measure on" in text
+    assert "3 different labels: billing, other, technical" in text
     assert "labels and rationales: " in text
 
 
