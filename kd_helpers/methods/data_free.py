@@ -28,21 +28,30 @@ def generator_loss(
     active_weight: float = 0.1,
     balanced_weight: float = 2.17,
 ) -> GeneratorLoss:
-    """What makes generated pictures resemble the teacher's own data (1904.01186, equations 2 to 5).
+    """What makes generated pictures resemble the teacher's own data (1904.01186).
 
-    - `sure`: cross-entropy of the teacher's logits with its own likeliest class;
-    - `active`: minus the mean absolute value of its features;
-    - `balanced`: minus the entropy, in nats, of its mean probabilities over the batch, so that all classes are made.
+    - `sure` (the paper's one-hot loss): cross-entropy of the teacher's logits with its own likeliest class;
+    - `active` (activation loss): minus the mean absolute value of its features;
+    - `balanced` (information entropy loss): minus the entropy, in nats, of its mean probabilities over the
+      batch, so that all classes are made.
 
-    Gradients go through the teacher to the generator. The teacher's weights are frozen. The authors' code takes the
-    logarithm to base 10 in `balanced`, and weighs it with 5, which is 2.17 here.
+    Gradients go through the teacher to the generator, so freeze the teacher's weights first. The authors' code takes
+    the logarithm to base 10 in `balanced`, and weighs it with 5, which is 2.17 here.
 
     Args:
         teacher_logits: `[N, C]` of generated pictures.
         teacher_features: `[N, …]` of the same pictures, before the last layer.
         active_weight: the paper's α.
         balanced_weight: the paper's β.
+
+    Raises:
+        ValueError: the logits are not `[N, C]`, or the features are of other pictures.
     """
+    if teacher_logits.ndim != 2 or len(teacher_logits) == 0 or len(teacher_features) != len(teacher_logits):
+        raise ValueError(
+            f"the logits have shape {tuple(teacher_logits.shape)}, the features {tuple(teacher_features.shape)}; give "
+            "[N, C] and the features of the same N pictures."
+        )
     logits = teacher_logits.float()
     sure = F.cross_entropy(logits, logits.argmax(dim=1))
     active = -teacher_features.float().abs().mean()

@@ -26,7 +26,7 @@ class MutualLoss(NamedTuple):
 def mutual_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor) -> MutualLoss:
     """Each model learns the labels and the probabilities of its peers.
 
-    From Zhang et al., "Deep Mutual Learning" (2017, arXiv 1706.00384), equations 5 to 8: model k has the loss
+    From Zhang et al., "Deep Mutual Learning" (2017, arXiv 1706.00384): model k has the loss
     `CE + mean over its peers of KL(p_peer ‖ p_k)`, at temperature 1. The peers' probabilities are targets, no gradient
     goes through them. The paper updates one model after the other; here all of them take a step at the same time, on
     the same batch.
@@ -36,10 +36,10 @@ def mutual_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor) -> MutualL
         labels: `[N]`, −100 where an example has none.
 
     Raises:
-        ValueError: there is one model only.
+        ValueError: there are fewer than two models.
     """
     if len(logits) < 2:
-        raise ValueError("there is one model; mutual learning needs two or more.")
+        raise ValueError(f"mutual learning needs two models or more, and there are logits of {len(logits)}.")
     hard = torch.stack([hard_loss(own, labels) for own in logits]).sum()
     peers = torch.stack([_divergence_from_peers(logits, k) for k in range(len(logits))]).sum()
     return MutualLoss(hard + peers, hard, peers)
@@ -71,9 +71,9 @@ def own_teacher_loss(
 ) -> OwnTeacherLoss:
     """Exits after earlier layers learn from the labels, from the deepest exit's soft targets, and from its features.
 
-    From Zhang et al., "Be Your Own Teacher" (2019, arXiv 1905.08094), equations 2 to 4: the deepest exit learns the
-    labels alone, each other one `(1 − α) · CE + α · T² · KL + λ · ‖difference of features‖²`. The paper names no
-    values for α, T and λ, and writes no T². The squared distance is a mean over all elements here.
+    From Zhang et al., "Be Your Own Teacher" (2019, arXiv 1905.08094): the deepest exit learns the
+    labels alone, each other one `(1 − α) · CE + α · T² · KL + λ · ‖difference of features‖²`. The defaults
+    are those of code in circulation, and need to be chosen anew. The squared distance is a mean over all elements here.
 
     Args:
         logits: `[N, C]` of each exit, the deepest one last.
@@ -84,10 +84,14 @@ def own_teacher_loss(
         hint_weight: λ.
 
     Raises:
-        ValueError: there is one exit only, or not as many features as exits.
+        ValueError: there are fewer than two exits, or the features are not one of the same shape for each of them.
     """
     if len(logits) < 2 or len(features) != len(logits):
         raise ValueError(f"there are {len(logits)} exits and {len(features)} features; give two or more of both.")
+    if len({tuple(own.shape) for own in features}) > 1:
+        raise ValueError(
+            f"the features have shapes {[tuple(own.shape) for own in features]}; map those of all exits to one shape."
+        )
     *shallow, deepest = logits
     exits = [distillation_loss(own, deepest, labels, temperature=temperature, alpha=alpha) for own in shallow]
     hint = torch.stack([F.mse_loss(own.float(), features[-1].detach().float()) for own in features[:-1]]).sum()

@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kd_helpers.config import require_temperature
+from kd_helpers.losses import IGNORE_INDEX
+from kd_helpers.runtime import autocast
+
 
 def hint_loss(student_map: torch.Tensor, teacher_map: torch.Tensor, regressor: nn.Module) -> torch.Tensor:
     """Mean squared error between the teacher's features and what a regressor makes of the student's.
 
-    From Romero et al., "FitNets: Hints for Thin Deep Nets" (2014, arXiv 1412.6550), equation 3. The paper takes half of
+    From Romero et al., "FitNets: Hints for Thin Deep Nets" (2014, arXiv 1412.6550). The paper takes half of
     the squared distance, and trains on hints first and on the task afterwards. Here it is a mean over all elements, and
     one term of the loss beside others.
 
@@ -43,7 +47,7 @@ def hint_loss(student_map: torch.Tensor, teacher_map: torch.Tensor, regressor: n
 def attention_map(features: torch.Tensor) -> torch.Tensor:
     """Where a layer is active: the mean square over its channels at each place, scaled to length 1.
 
-    From Zagoruyko and Komodakis, "Paying More Attention to Attention" (2016, arXiv 1612.03928), section 3.1, p = 2.
+    From Zagoruyko and Komodakis, "Paying More Attention to Attention" (2016, arXiv 1612.03928), with p = 2.
 
     Args:
         features: `[N, C, H, W]`.
@@ -57,7 +61,7 @@ def attention_map(features: torch.Tensor) -> torch.Tensor:
 
 
 def attention_transfer_loss(student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean squared difference of attention maps, summed over layers (1612.03928, section 3.1, as its authors' code).
+    """Mean squared difference of attention maps, summed over layers (1612.03928, as its authors' code).
 
     Student and teacher may have different numbers of channels. The paper writes the distance without the square; the
     code squares it and takes the mean over examples and places.
@@ -69,34 +73,43 @@ def attention_transfer_loss(student_maps: Sequence[torch.Tensor], teacher_maps: 
     Raises:
         ValueError: the layers can't be paired.
     """
-    total = torch.zeros(())
+    if not student_maps or len(student_maps) != len(teacher_maps):
+        raise ValueError(
+            f"there are maps of {len(student_maps)} layers of the student and of {len(teacher_maps)} of the teacher; "
+            "give as many of both, at least one."
+        )
+    losses = []
     for student_map, teacher_map in zip(student_maps, teacher_maps, strict=True):
         student, teacher = attention_map(student_map), attention_map(teacher_map.detach())
-        if student.shape != teacher.shape:
+        if (len(student), *student_map.shape[2:]) != (len(teacher), *teacher_map.shape[2:]):
             raise ValueError(
                 f"the student's map has shape {tuple(student_map.shape)}, the teacher's {tuple(teacher_map.shape)}; "
                 "give maps of as many examples and the same size, or resize one of them first."
             )
-        total = total.to(student) + F.mse_loss(student, teacher)
-    return total
+        losses.append(F.mse_loss(student, teacher))
+    return torch.stack(losses).sum()
 
 
 def similarity_loss(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
     """How differently student and teacher see the similarity of the batch's examples.
 
-    From Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019, arXiv 1907.09682), equations 1 to 4. The
+    From Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019, arXiv 1907.09682). The
     dot products of all pairs of examples make a matrix `[N, N]`; each row is scaled to length 1, and the squared
     differences of both models' matrices are summed and divided by N².
 
     Args:
         student_features: `[N, …]`, any shape.
         teacher_features: `[N, …]`, any shape.
+
+    Raises:
+        ValueError: there are not as many examples of both, or fewer than two.
     """
     _require_same_examples(student_features, teacher_features)
 
     def similarities(features: torch.Tensor) -> torch.Tensor:
         rows = features.float().flatten(1)
-        return F.normalize(rows @ rows.T, dim=1)
+        with autocast(rows.device, torch.float32):  # a product of large features overflows in half precision
+            return F.normalize(rows @ rows.T, dim=1)
 
     return F.mse_loss(similarities(student_features), similarities(teacher_features.detach()))
 
@@ -104,15 +117,18 @@ def similarity_loss(student_features: torch.Tensor, teacher_features: torch.Tens
 def distance_loss(student_embeddings: torch.Tensor, teacher_embeddings: torch.Tensor) -> torch.Tensor:
     """How differently student and teacher see the distances between the batch's examples.
 
-    From Park et al., "Relational Knowledge Distillation" (2019, arXiv 1904.05068), equations 5 to 7. The distances of
+    From Park et al., "Relational Knowledge Distillation" (2019, arXiv 1904.05068). The distances of
     all pairs are divided by their mean, so that only their proportions matter. Each pair's difference is taken by the
-    Huber loss, and the loss is the mean over all N² pairs.
+    Huber loss, and the loss is the mean over all N² pairs, as in the authors' code; the paper has the sum.
 
     Args:
         student_embeddings: `[N, e]`.
         teacher_embeddings: `[N, E]`.
+
+    Raises:
+        ValueError: the shapes are others, or there are fewer than two examples.
     """
-    _require_same_examples(student_embeddings, teacher_embeddings)
+    _require_embeddings(student_embeddings, teacher_embeddings)
 
     def distances(embeddings: torch.Tensor) -> torch.Tensor:
         rows = embeddings.float()
@@ -129,19 +145,24 @@ def distance_loss(student_embeddings: torch.Tensor, teacher_embeddings: torch.Te
 def angle_loss(student_embeddings: torch.Tensor, teacher_embeddings: torch.Tensor) -> torch.Tensor:
     """How differently student and teacher see the angles that three of the batch's examples make.
 
-    From Park et al. (2019, arXiv 1904.05068), equations 8 and 9: for all triples (i, j, k) the cosine of the angle at
-    j, compared by the Huber loss, mean over all N³. It takes memory for N³ numbers and for N² differences.
+    From Park et al. (2019, arXiv 1904.05068): for all triples (i, j, k) the cosine of the angle at
+    j, compared by the Huber loss, mean over all N³ as in the authors' code. It takes memory for N³ numbers and for N²
+    differences.
 
     Args:
         student_embeddings: `[N, e]`.
         teacher_embeddings: `[N, E]`.
+
+    Raises:
+        ValueError: the shapes are others, or there are fewer than two examples.
     """
-    _require_same_examples(student_embeddings, teacher_embeddings)
+    _require_embeddings(student_embeddings, teacher_embeddings)
 
     def cosines(embeddings: torch.Tensor) -> torch.Tensor:
         rows = embeddings.float()
         directions = F.normalize(rows[None, :] - rows[:, None], dim=2)  # [j, i, e]: from j to i
-        return directions @ directions.transpose(1, 2)  # [j, i, k]
+        with autocast(rows.device, torch.float32):
+            return directions @ directions.transpose(1, 2)  # [j, i, k]
 
     return F.smooth_l1_loss(cosines(student_embeddings), cosines(teacher_embeddings.detach()))
 
@@ -164,11 +185,13 @@ def contrastive_loss(
         student_embeddings: `[N, D]`, what a trained linear map makes of the student's embedding.
         teacher_embeddings: `[N, D]`, the same of the teacher's; its map is trained, too, so gradients do reach it.
         temperature: the cosines are divided by it.
-        labels: `[N]`; if given, other examples of the same class are not among those to tell apart, as in the paper.
+        labels: `[N]`; if given, other examples of the same class are not among those to tell apart, as in the
+            authors' code. −100 means that an example has none.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the temperature is not a finite number above 0.
     """
+    require_temperature(temperature)
     if student_embeddings.shape != teacher_embeddings.shape or student_embeddings.ndim != 2:
         raise ValueError(
             f"the embeddings have shapes {tuple(student_embeddings.shape)} and {tuple(teacher_embeddings.shape)}; map "
@@ -176,16 +199,33 @@ def contrastive_loss(
         )
     student = F.normalize(student_embeddings.float(), dim=1)
     teacher = F.normalize(teacher_embeddings.float(), dim=1)
-    scores = student @ teacher.T / temperature
+    with autocast(student.device, torch.float32):
+        scores = student @ teacher.T / temperature
     own = torch.arange(len(scores), device=scores.device)
     if labels is not None:
-        same = labels[:, None] == labels[None, :]
+        if labels.shape != own.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; give one for each of {len(own)} examples.")
+        same = (labels[:, None] == labels[None, :]) & (labels != IGNORE_INDEX)
         same[own, own] = False
         scores = scores.masked_fill(same, -torch.inf)
     return F.cross_entropy(scores, own)
 
 
 def _require_same_examples(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Refuse features of different batches."""
+    """Refuse features of different batches, and a batch that has no relations."""
     if len(student) != len(teacher):
         raise ValueError(f"the student has {len(student)} examples, the teacher {len(teacher)}; give the same ones.")
+    if len(student) < 2:
+        raise ValueError(
+            f"there is a batch of {len(student)}, and relations are between two examples or more; leave it out."
+        )
+
+
+def _require_embeddings(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Refuse what is no row of numbers for each of the same examples."""
+    if student.ndim != 2 or teacher.ndim != 2:
+        raise ValueError(
+            f"the embeddings have shapes {tuple(student.shape)} and {tuple(teacher.shape)}; give [N, e] and [N, E], "
+            "and flatten maps first."
+        )
+    _require_same_examples(student, teacher)

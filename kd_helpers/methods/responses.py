@@ -24,10 +24,11 @@ def decoupled_loss(
 ) -> torch.Tensor:
     """The soft loss in two parts: how sure the teacher is of the label, and how it weighs the other classes.
 
-    From Zhao et al., "Decoupled Knowledge Distillation" (2022, arXiv 2203.08679), equation 7 with T² as in the authors'
-    code. The soft loss is the first part plus the second times 1 − p, where p is what the teacher gives the label, so
-    a sure teacher silences what it knows about the other classes. Here both have weights of their own (the paper's α
-    and β, which its authors chose anew for each pair of models).
+    From Zhao et al., "Decoupled Knowledge Distillation" (2022, arXiv 2203.08679), with T² as in the authors'
+    code. The paper calls the parts TCKD (of the target class) and NCKD (of the other classes). The soft loss is TCKD
+    plus NCKD times 1 − p, where p is what the teacher gives the label, so a sure teacher silences what it knows about
+    the other classes. Here both have weights of their own (the paper's α and β, which its authors chose anew for each
+    pair of models).
 
     Args:
         student_logits: `[N, C]`.
@@ -42,8 +43,8 @@ def decoupled_loss(
     """
     require_temperature(temperature)
     _require_same_shape(student_logits, teacher_logits)
-    _require_labels(labels)
-    is_label = F.one_hot(labels, student_logits.shape[1]).bool()
+    _require_labels(labels, student_logits.shape)
+    is_label = F.one_hot(labels.long(), student_logits.shape[1]).bool()
 
     def parts(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithms of the probabilities: of label and rest `[N, 2]`, and among the others `[N, C − 1]`."""
@@ -76,10 +77,10 @@ def correlation_loss(
 ) -> torch.Tensor:
     """One minus the correlation with the teacher's probabilities, for each example and for each class.
 
-    From Huang et al., "Knowledge Distillation from A Stronger Teacher" (DIST; 2022, arXiv 2205.10536), equations 5 to
-    10 with T² as in the authors' code: the sum of the mean over examples (correlation over the classes) and the mean
-    over classes (correlation over the batch's examples). It asks for the same order and proportions, not for the same
-    probabilities. It is 0 where they are equal, and T² · 4 at most.
+    From Huang et al., "Knowledge Distillation from A Stronger Teacher" (DIST; 2022, arXiv 2205.10536), with T² as in
+    the authors' code: the sum of the mean over examples (correlation over the classes) and the mean over classes
+    (correlation over the batch's examples). It asks for the same order and proportions, not for the same probabilities.
+    It is 0 where they are equal, as long as no row or column is constant, and T² · 4 at most.
 
     Args:
         student_logits: `[N, C]`.
@@ -91,6 +92,8 @@ def correlation_loss(
     """
     require_temperature(temperature)
     _require_same_shape(student_logits, teacher_logits)
+    if len(student_logits) < 2:
+        raise ValueError("there is a batch of 1, and its classes are correlated over examples; leave it out.")
     student, teacher = (
         F.softmax(logits.float() / temperature, dim=1) for logits in (student_logits, teacher_logits.detach())
     )
@@ -113,7 +116,7 @@ def several_teachers_loss(
     """The soft loss with several teachers, weighted for each example, mean over the batch.
 
     With equal weights the student gets the same gradient as from the mean of the teachers' soft targets, which is what
-    Hinton et al. (2015, arXiv 1503.02531, section 5) use for an ensemble.
+    Hinton et al. (2015, arXiv 1503.02531) use for an ensemble.
 
     Args:
         student_logits: `[N, C]`.
@@ -132,16 +135,21 @@ def several_teachers_loss(
         )
     if weights is None:
         weights = torch.full(teacher_logits.shape[:2], 1 / len(teacher_logits), device=teacher_logits.device)
+    if weights.shape != teacher_logits.shape[:2]:
+        raise ValueError(
+            f"the weights have shape {tuple(weights.shape)}; give one for each teacher and example, "
+            f"{tuple(teacher_logits.shape[:2])}."
+        )
     log_q = F.log_softmax(student_logits.float() / temperature, dim=1)
     log_p = F.log_softmax(teacher_logits.detach().float() / temperature, dim=2)
     divergences = (log_p.exp() * (log_p - log_q)).sum(dim=2)  # [K, N]
-    return temperature**2 * (weights * divergences).sum(dim=0).mean()
+    return temperature**2 * (weights.detach().float() * divergences).sum(dim=0).mean()
 
 
 def confidence_weights(teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """How much each teacher counts for each example: more where it is surer of the label.
 
-    From Zhang et al., "Confidence-Aware Multi-Teacher Knowledge Distillation" (2021, arXiv 2201.00007), equation 2:
+    From Zhang et al., "Confidence-Aware Multi-Teacher Knowledge Distillation" (2021, arXiv 2201.00007),:
     `(1 − softmax over teachers of their cross-entropies) / (K − 1)`. The weights of an example sum to 1.
 
     Args:
@@ -152,27 +160,38 @@ def confidence_weights(teacher_logits: torch.Tensor, labels: torch.Tensor) -> to
         `[K, N]`.
 
     Raises:
-        ValueError: there is one teacher only, or an example has no label.
+        ValueError: there are fewer than two teachers, or an example has no label.
     """
     teachers = len(teacher_logits)
-    if teachers < 2:
-        raise ValueError("there is one teacher; confidence is compared between two or more.")
-    _require_labels(labels)
+    if teacher_logits.ndim != 3 or teachers < 2:
+        raise ValueError(
+            f"the teachers' logits have shape {tuple(teacher_logits.shape)}; give [K, N, C] of two teachers or more."
+        )
+    _require_labels(labels, teacher_logits.shape[1:])
     losses = torch.stack(
-        [F.cross_entropy(logits.float(), labels, reduction="none") for logits in teacher_logits.detach()]
+        [F.cross_entropy(logits.float(), labels.long(), reduction="none") for logits in teacher_logits.detach()]
     )
     return (1 - losses.softmax(dim=0)) / (teachers - 1)
 
 
-def _require_labels(labels: torch.Tensor) -> None:
+def _require_labels(labels: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Refuse labels that are not one class for each of the examples, whose logits have this shape."""
+    examples, classes = shape
+    if labels.shape != (examples,) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give a whole number for each of "
+            f"{examples} examples."
+        )
     if unlabelled := int((labels == IGNORE_INDEX).sum()):
         has = "has" if unlabelled == 1 else "have"
         raise ValueError(f"{unlabelled} of {len(labels)} examples {has} no label; this loss needs one for each.")
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(f"a label is out of range; labels run from 0 to {classes - 1}.")
 
 
 def _require_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    if student.shape != teacher.shape or student.ndim != 2:
+    if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2 or len(student) == 0:
         raise ValueError(
             f"the student's logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; give "
-            "[N, C] for both."
+            "[N, C] for both, with one example or more and two classes or more."
         )

@@ -41,3 +41,16 @@ def test_gradients_go_through_logits_and_features():
     generator_loss(logits, features).total.backward()
     assert logits.grad.abs().sum() > 0
     assert features.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "features"),
+    [
+        (torch.ones(2, 3, 4), torch.ones(2, 5)),
+        (torch.ones(2, 3), torch.ones(7, 5)),
+        (torch.ones(0, 3), torch.ones(0, 5)),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(logits, features):
+    with pytest.raises(ValueError, match="the features of the same N pictures"):
+        generator_loss(logits, features)

@@ -53,13 +53,16 @@ def test_models_with_the_same_logits_have_nothing_to_learn_from_each_other():
 def test_exits_learn_what_the_paper_says():
     features = [GIVEN.student_embeddings, GIVEN.teacher_embeddings[:, :7], GIVEN.teacher_embeddings[:, 2:]]
     deepest, alpha = THREE[2], 0.3
-    expected = F.cross_entropy(deepest, LABELS)
+    expected, hard, softs, hints = F.cross_entropy(deepest, LABELS), F.cross_entropy(deepest, LABELS), 0, 0
     for own, feature in zip(THREE[:2], features[:2], strict=True):
         soft = 9 * divergence(deepest, own, 3.0)
         expected += (1 - alpha) * F.cross_entropy(own, LABELS) + alpha * soft
-        expected += 0.5 * (feature - features[2]).square().mean()
+        hint = (feature - features[2]).square().mean()
+        expected += 0.5 * hint
+        hard, softs, hints = hard + F.cross_entropy(own, LABELS), softs + soft, hints + hint
     found = own_teacher_loss(THREE, features, LABELS, temperature=3.0, alpha=alpha, hint_weight=0.5)
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    parts = [part.item() for part in (expected, hard, softs, hints)]
+    assert [part.item() for part in found] == pytest.approx(parts, rel=1e-5)
 
 
 def test_the_deepest_exit_learns_from_the_labels_alone():
@@ -100,9 +103,13 @@ def test_two_models_learn_together_in_one_loop():
 @pytest.mark.parametrize(
     ("loss", "sentence"),
     [
-        (lambda: mutual_loss(THREE[:1], LABELS), "two or more"),
+        (lambda: mutual_loss(THREE[:1], LABELS), "needs two models or more, and there are logits of 1"),
         (lambda: own_teacher_loss(THREE[:1], [GIVEN.student_embeddings], LABELS), "1 exits and 1 features"),
         (lambda: own_teacher_loss(THREE, [GIVEN.student_embeddings], LABELS), "3 exits and 1 features"),
+        (
+            lambda: own_teacher_loss(THREE[:2], [GIVEN.student_embeddings, GIVEN.student_embeddings[:, :1]], LABELS),
+            "map those of all exits to one shape",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(loss, sentence):

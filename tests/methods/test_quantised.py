@@ -20,6 +20,22 @@ def test_rounded_weights_take_evenly_spaced_values_and_the_nearest_ones(bits):
     assert found.max().item() == pytest.approx(weights.max().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_a_quantised_layer_computes_with_no_more_values_than_its_bits_allow(bits):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer = quantise(nn.Linear(40, 30), bits)
+        assert len(layer.weight.unique()) <= 2**bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_from_exact_values(dtype):
+    weights = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = rounded(weights, 4)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, rounded(weights.float(), 4).to(dtype))
+
+
 def test_equal_weights_stay_as_they_are():
     assert rounded(torch.full((3, 2), 0.7), 2).tolist() == torch.full((3, 2), 0.7).tolist()
 

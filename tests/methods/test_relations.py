@@ -112,6 +112,30 @@ def test_relations_do_not_depend_on_scale_or_on_a_turn(loss):
     assert loss(3 * rows @ turn, rows).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_layers_of_attention_are_summed():
+    first, second = [MAPS[0]], [MAPS[0].flip(2)]
+    alone = [attention_transfer_loss(maps, [MAPS[1]]) for maps in (first, second)]
+    torch.testing.assert_close(attention_transfer_loss([*first, *second], [MAPS[1]] * 2), sum(alone))
+
+
+def test_the_mean_distance_has_a_gradient_too():
+    """In float64 the loss itself is computed in float32, so the step of the finite difference is large."""
+    student = GIVEN.student_embeddings.float().requires_grad_()
+    distance_loss(student, GIVEN.teacher_embeddings).backward()
+    direction = torch.randn(4, 7, generator=torch.Generator().manual_seed(2))
+    steps = [distance_loss(student.detach() + sign * 1e-2 * direction, GIVEN.teacher_embeddings) for sign in (1, -1)]
+    slope = (steps[0] - steps[1]).item() / 2e-2
+    assert (student.grad * direction).sum().item() == pytest.approx(slope, rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", [similarity_loss, angle_loss])
+def test_products_are_in_float32_under_autocast(loss):
+    features = [100 * rows.float() for rows in EMBEDDINGS]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(*features)
+    torch.testing.assert_close(found, loss(*features))
+
+
 def test_half_precision_is_computed_in_float32():
     for loss in (distance_loss, angle_loss, similarity_loss):
         assert loss(*(rows.bfloat16() for rows in EMBEDDINGS)).dtype == torch.float32
@@ -142,6 +166,19 @@ def test_examples_of_the_same_class_are_not_told_apart():
     assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
 
 
+def test_both_maps_of_a_contrast_learn():
+    student, teacher = EMBEDDINGS[0].clone().requires_grad_(), EMBEDDINGS[1][:, :7].clone().requires_grad_()
+    contrastive_loss(student, teacher).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad.abs().sum() > 0
+
+
+def test_examples_without_a_label_are_told_apart_from_all():
+    student, teacher = EMBEDDINGS[0], EMBEDDINGS[1][:, :7]
+    unlabelled = contrastive_loss(student, teacher, labels=torch.full((4,), -100))
+    torch.testing.assert_close(unlabelled, contrastive_loss(student, teacher))
+
+
 def test_a_batch_of_one_class_has_nothing_to_tell_apart():
     student = EMBEDDINGS[0].clone().requires_grad_()
     loss = contrastive_loss(student, EMBEDDINGS[1][:, :7], labels=torch.zeros(4, dtype=torch.long))
@@ -159,6 +196,16 @@ def test_a_batch_of_one_class_has_nothing_to_tell_apart():
         (lambda: hint_loss(*MAPS, nn.Conv2d(3, 4, 1).double()), "give a regressor to that shape"),
         (lambda: attention_map(EMBEDDINGS[0]), r"give maps \[N, C, H, W\]"),
         (lambda: attention_transfer_loss([MAPS[0]], [MAPS[1][:, :, :3]]), "resize one of them"),
+        (lambda: attention_transfer_loss([MAPS[0].view(4, 3, 4, 9)], [MAPS[1]]), "resize one of them"),
+        (lambda: attention_transfer_loss(MAPS, MAPS[:1]), "of 2 layers of the student and of 1 of the teacher"),
+        (lambda: attention_transfer_loss([], []), "at least one"),
+        (lambda: distance_loss(*MAPS), "flatten maps first"),
+        (lambda: angle_loss(*MAPS), "flatten maps first"),
+        (lambda: distance_loss(*(rows[:1] for rows in EMBEDDINGS)), "a batch of 1"),
+        (lambda: angle_loss(*(rows[:1] for rows in EMBEDDINGS)), "a batch of 1"),
+        (lambda: similarity_loss(*(rows[:0] for rows in EMBEDDINGS)), "a batch of 0"),
+        (lambda: contrastive_loss(EMBEDDINGS[0], EMBEDDINGS[0], temperature=0.0), "temperature is 0.0"),
+        (lambda: contrastive_loss(EMBEDDINGS[0], EMBEDDINGS[0], labels=GIVEN.labels[:3]), "one for each of 4"),
         (lambda: similarity_loss(MAPS[0], MAPS[1][:3]), "the student has 4 examples, the teacher 3"),
         (lambda: distance_loss(EMBEDDINGS[0][:2], EMBEDDINGS[1]), "the student has 2 examples, the teacher 4"),
         (lambda: angle_loss(EMBEDDINGS[0][:2], EMBEDDINGS[1]), "the student has 2 examples, the teacher 4"),

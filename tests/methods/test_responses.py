@@ -63,6 +63,15 @@ def test_the_two_parts_make_the_soft_loss_where_the_second_is_weighed_as_it_weig
     assert found.item() == pytest.approx(soft_loss(student, teacher, 4.0).item(), rel=1e-5)
 
 
+def test_labels_of_any_whole_type_and_weights_of_the_first_part():
+    for dtype in (torch.int32, torch.uint8):
+        torch.testing.assert_close(
+            decoupled_loss(*LOGITS, GIVEN.labels.to(dtype)), decoupled_loss(*LOGITS, GIVEN.labels)
+        )
+    first = decoupled_loss(*LOGITS, GIVEN.labels, others_weight=0.0)
+    torch.testing.assert_close(decoupled_loss(*LOGITS, GIVEN.labels, label_weight=3.0, others_weight=0.0), 3 * first)
+
+
 def test_a_sure_teacher_and_student_stay_finite():
     student = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
     decoupled_loss(student, torch.tensor([[-200.0, 400.0, 0.0]]), torch.tensor([1]), temperature=1.0).backward()
@@ -123,7 +132,20 @@ def test_gradients_reach_the_student_only(loss):
         (lambda: decoupled_loss(*LOGITS, torch.tensor([0, -100, 1, 2])), "1 of 4 examples has no label"),
         (lambda: correlation_loss(LOGITS[0][0], LOGITS[1][0]), r"give \[N, C\] for both"),
         (lambda: several_teachers_loss(*LOGITS, temperature=1.0), r"give \[N, C\] and \[K, N, C\]"),
-        (lambda: confidence_weights(THREE[:1], GIVEN.labels), "two or more"),
+        (lambda: decoupled_loss(*LOGITS, torch.tensor([0, 5, 1, 2])), "labels run from 0 to 4"),
+        (lambda: decoupled_loss(*LOGITS, GIVEN.labels[:3]), "a whole number for each of 4 examples"),
+        (lambda: decoupled_loss(*LOGITS, GIVEN.labels.float()), "a whole number for each of 4 examples"),
+        (lambda: decoupled_loss(LOGITS[0][:, :1], LOGITS[1][:, :1], GIVEN.labels), "two classes or more"),
+        (lambda: decoupled_loss(LOGITS[0][:0], LOGITS[1][:0], GIVEN.labels[:0]), "one example or more"),
+        (lambda: correlation_loss(LOGITS[0][:1], LOGITS[1][:1]), "a batch of 1"),
+        (lambda: correlation_loss(*LOGITS, temperature=-1.0), r"temperature is -1\.0"),
+        (lambda: several_teachers_loss(LOGITS[0], THREE, temperature=0.0), r"temperature is 0\.0"),
+        (
+            lambda: several_teachers_loss(LOGITS[0], THREE, temperature=1.0, weights=torch.ones(4)),
+            "each teacher and example",
+        ),
+        (lambda: confidence_weights(THREE[:1], GIVEN.labels), "two teachers or more"),
+        (lambda: confidence_weights(THREE, LOGITS[1].softmax(dim=1)), "a whole number for each of 4 examples"),
         (lambda: confidence_weights(THREE, torch.full((4,), -100)), "4 of 4 examples have no label"),
     ],
 )
