@@ -4,6 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Two at a time with a thread each: most tests wait for something else than arithmetic.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/$(RUNNER) -m pytest --numprocesses 2
+# nbval reads a kernel's messages when a cell has ended, and of more than some two thousand that wait the last are
+# dropped, with them the one that says that the cell has ended. Progress bars send most of them, so they draw rarely.
+NBVAL = TQDM_MININTERVAL=5 $(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider
 RUNNER := python
 
 export PYTHONPATH :=
@@ -33,13 +36,13 @@ site: $(READY) ## write artifacts/site/index.html: the course as pages, from wha
 
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
 	$(PYTEST) --dist worksteal tests
-	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks
+	$(NBVAL) notebooks
 
 coverage: RUNNER := coverage run
 coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_helpers must have run; a quarter of an hour
 	mkdir -p artifacts/coverage && rm -f artifacts/coverage/*
 	$(PYTEST) --dist worksteal tests
-	$(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider notebooks
+	$(NBVAL) notebooks
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
