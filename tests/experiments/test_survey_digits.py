@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from kd_helpers.experiments import survey
-from kd_helpers.experiments.survey import (
+from kd_helpers.experiments import survey_digits
+from kd_helpers.experiments.survey_digits import (
     ARMS,
     EXTRAS,
     METHODS,
@@ -16,13 +16,13 @@ from kd_helpers.experiments.survey import (
     Method,
     Profiles,
     Training,
+    digits_study,
     few_of_each_class,
     lesson,
     measured,
     new_classes,
     new_student,
     splits,
-    survey_study,
 )
 from kd_helpers.methods.digit_cnns import Seen
 
@@ -53,10 +53,56 @@ def test_few_of_each_class_are_different_pictures_of_it():
     assert labels[chosen].tolist() == [0] * 5 + [1] * 5
 
 
+def test_a_class_with_too_few_pictures_is_refused():
+    with pytest.raises(ValueError, match="30 pictures of each class were asked for, one has 20"):
+        few_of_each_class(torch.tensor([0, 1] * 20), 30, seed=0)
+
+
+def test_three_teachers_share_no_picture(monkeypatch):
+    learned = []
+    monkeypatch.setattr(
+        survey_digits, "taught_by_labels", lambda _channels, digits, **_: learned.append(digits.pictures)
+    )
+    survey_digits.teachers_of_thirds.__wrapped__(1)
+    assert [len(pictures) for pictures in learned] == [300, 300, 299]
+    pool = splits().train.pictures
+    assert sorted(torch.cat(learned).tolist()) == sorted(pool.tolist())
+
+
+def test_generated_pictures_have_the_mean_and_the_spread_of_digits():
+    pixels = splits().train.pictures
+    assert pixels.mean().item() == pytest.approx(survey_digits.INK, abs=2e-3)
+    assert pixels.std().item() == pytest.approx(survey_digits.SPREAD, abs=2e-3)
+    made = survey_digits.picture_generator(8)(torch.randn(50, survey_digits.NOISE))
+    assert made.shape == (50, 64)
+    assert made.mean().item() == pytest.approx(survey_digits.INK, abs=1e-3)
+    assert made.std().item() == pytest.approx(survey_digits.SPREAD, abs=1e-3)
+
+
+def test_modules_are_trained_at_rates_of_their_own():
+    one, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    before = other.weight.clone()
+
+    def loss_of(_batch):
+        return survey_digits.Loss((one(torch.ones(1, 2)) + other(torch.ones(1, 2))).square().sum())
+
+    survey_digits.learn([one, other], loss_of, 50, steps=3, seed=0, learning_rates=[0.1, 0.0])
+    assert torch.equal(other.weight, before)
+    assert not one.weight.requires_grad or not torch.equal(one.weight, before)
+
+
+def test_a_student_with_exits_is_handed_on_without_them(given):
+    student = METHODS["own_teacher"](given, 0.5)
+    assert isinstance(student, type(new_student(given)))
+    logits, features = survey_digits.WithExits(student).exits(student(given.digits.pictures))
+    assert [tuple(own.shape) for own in logits] == [(40, 10)] * 3
+    assert [tuple(own.shape) for own in features] == [(40, 24)] * 3
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_runs_and_its_student_answers(arm):
     recipe = dataclasses.replace(ARMS[arm].recipe, settings=ARMS[arm].recipe.settings[:1])
-    found = survey_study(ARMS, SHORT).run(recipe, 0, None)
+    found = digits_study(ARMS, SHORT).run(recipe, 0, None)
     assert 0 <= found["accuracy"] <= 1
     assert found["setting"] == recipe.settings[0]
     assert found["tried"] == [found["validation"]]
@@ -64,13 +110,13 @@ def test_every_arm_runs_and_its_student_answers(arm):
 
 def test_every_method_and_every_added_loss_has_an_arm():
     assert {arm.recipe.name for arm in ARMS.values()} == METHODS.keys() | EXTRAS.keys()
-    assert all(len(arm.recipe.settings) == 4 for arm in ARMS.values()), "as many tries for each"
+    assert all(len(arm.recipe.settings) == 3 for arm in ARMS.values()), "as many tries for each"
 
 
 @pytest.mark.parametrize("arm", ["labels", "response_relations", "born_again", "generated_pictures"])
 def test_the_same_seed_gives_the_same_student_whatever_ran_before(arm):
     recipe = dataclasses.replace(ARMS[arm].recipe, settings=ARMS[arm].recipe.settings[:1])
-    study = survey_study(ARMS, SHORT)
+    study = digits_study(ARMS, SHORT)
     first = study.run(recipe, 1, None)
     torch.rand(7)
     assert study.run(recipe, 1, None) == first
@@ -103,7 +149,7 @@ def test_the_setting_is_chosen_on_validation_and_measured_on_test(monkeypatch):
             return Seen([], pictures, torch.nn.functional.one_hot(answers, 10).float())
 
     monkeypatch.setitem(METHODS, "answers", lambda _lesson, setting: Answers(setting))
-    found = survey_study(ARMS, SHORT).run(Method("answers", (1.0, 2.0, 3.0, 4.0)), 0, None)
+    found = digits_study(ARMS, SHORT).run(Method("answers", (1.0, 2.0, 3.0, 4.0)), 0, None)
     assert found["setting"] == 2.0, "of two that are as good, the first"
     assert found["accuracy"] == pytest.approx(0.4, abs=0.01)
     assert found["validation"] == pytest.approx(0.9, abs=0.01)
@@ -133,8 +179,8 @@ def test_old_and_new_digits_are_measured_among_their_own(given):
 
 
 def test_old_logits_move_less_where_they_are_weighed(given):
-    longer = given._replace(steps=40)
-    before = survey.old_student(longer)
+    longer = given._replace(training=dataclasses.replace(SHORT, steps=40))
+    before = survey_digits.old_student(longer)
     digits = given.digits.where(given.digits.labels >= OLD)
 
     def moved(weight: float) -> float:
