@@ -73,7 +73,7 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
 	$(BIN)/python -m kd_helpers course sweep
 
-study: $(READY) ## make the studies of notebooks 10 to 14 again, five hours; resumes where it stopped
+study: $(READY) ## make the studies of notebooks 10 to 15 again, six hours; resumes where it stopped
 	$(BIN)/python -m kd_helpers study dark_knowledge
 	$(BIN)/python -m kd_helpers study distilbert
 	$(BIN)/python -m kd_helpers study tinybert
@@ -81,6 +81,8 @@ study: $(READY) ## make the studies of notebooks 10 to 14 again, five hours; res
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study language_models && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study rationales & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study rationales && wait $$!
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study survey & \
+		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study survey && wait $$!
 
 stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, minutes on a GPU, else hours; resumes where it stopped
 	$(BIN)/python -m kd_helpers stories

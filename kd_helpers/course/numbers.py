@@ -31,6 +31,7 @@ SHARES = (
     *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "again_accuracy", "validation"),
     *("coherent", "grammar", "names", "plot", "ending"),
     *("rationale_accuracy", "given_accuracy", "given_rationales"),
+    *("old_accuracy", "new_accuracy"),
 )
 # Numbers that no study has, by the name of the marker; each function returns the number as it is written.
 OTHERS: dict[str, Callable[[str], str]] = {}
@@ -81,7 +82,7 @@ def number(spec: str) -> str:
 def _interval(study: str, arm: str, other: str, measure: str) -> tuple[float, float, float]:
     """The mean over the seeds of an arm's measure, or of its difference to another arm, with its 95% interval."""
     result = _stored(study)
-    teachers = result.get("teachers", {}) | {"teacher": result.get("teacher", {})}
+    teachers = {"teacher": result.get("teacher", {})} | result.get("teachers", {})
     if measure in teachers.get(arm, {}):  # measured once, not by seed
         value = teachers[arm][measure]
         return (value, value, value)

@@ -30,6 +30,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "12": ("methods.tinybert", "methods.augmentation"),
     "13": ("methods.language_models", "methods.stories"),
     "14": ("methods.rationales", "methods.reasoning_tasks"),
+    "15": ("methods.relations", "methods.responses", "methods.peers", "methods.quantised", "methods.data_free"),
     "16": ("trainer", "train", "shards"),
 }
 

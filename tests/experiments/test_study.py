@@ -25,6 +25,9 @@ from kd_helpers.experiments import (
     rationales,
     studies,
     study,
+    survey,
+    survey_extensions,
+    survey_tweets,
     tinybert,
 )
 from kd_helpers.experiments.studies import STUDIES
@@ -281,6 +284,7 @@ MODULES = {
     "tinybert": tinybert,
     "language_models": language_models,
     "rationales": rationales,
+    "survey": survey,
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
@@ -289,6 +293,7 @@ SEEDS = {
     "tinybert": tinybert.SEEDS,
     "language_models": language_models.SEEDS,
     "rationales": rationales.SEEDS["knowledge"],
+    "survey": survey.SEEDS,
 }
 ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
@@ -325,6 +330,22 @@ def test_a_stored_study_is_complete(name):
 )
 def test_the_parts_of_the_study_of_rationales_are_complete(part, arms):
     stored, seeds = stored_study("rationales")[part], rationales.SEEDS[part]
+    assert stored["arms"] == json.loads(json.dumps({arm: described.to_dict() for arm, described in arms.items()}))
+    found = [(run["arm"], run["seed"]) for run in stored["runs"]]
+    assert sorted(found) == sorted((arm, seed) for arm in arms for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("part", "arms", "seeds"),
+    [
+        ("tweets", survey_tweets.ARMS, survey_tweets.SEEDS),
+        ("subliminal", survey_extensions.SUBLIMINAL_ARMS, survey_extensions.SEEDS),
+        ("weak_to_strong", survey_extensions.WEAK_ARMS, survey_extensions.WEAK_SEEDS),
+        ("calibration", survey_extensions.CALIBRATION_ARMS, survey_extensions.SEEDS),
+    ],
+)
+def test_the_parts_of_the_survey_are_complete(part, arms, seeds):
+    stored = stored_study("survey")[part]
     assert stored["arms"] == json.loads(json.dumps({arm: described.to_dict() for arm, described in arms.items()}))
     found = [(run["arm"], run["seed"]) for run in stored["runs"]]
     assert sorted(found) == sorted((arm, seed) for arm in arms for seed in seeds)

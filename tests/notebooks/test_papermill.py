@@ -66,6 +66,18 @@ def test_chapter_14_learns_rationales_from_a_file_of_ones_own(tmp_path):
     assert "labels and rationales: " in text
 
 
+def test_chapter_15_trains_one_method_by_its_name(tmp_path):
+    short = ["-p", "steps", "10", "-p", "teacher_steps", "60", "-p", "seeds", "1"]
+    notebook = NOTEBOOKS / "15_survey.ipynb"
+    done = papermill(notebook, "out.ipynb", "-p", "method", "own_teacher", *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert "own_teacher took " in text
+    done = papermill(notebook, "out.ipynb", "-p", "method", "magic", *short, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "ValueError: method is 'magic'; choose one of labels, smoothing, response" in done.stderr
+
+
 def test_a_bad_parameter_stops_with_one_sentence(tmp_path):
     done = papermill(DISTILL, "out.ipynb", "-p", "temperature", "0", cwd=tmp_path)
     assert done.returncode != 0
