@@ -8,7 +8,6 @@ from kd_helpers.experiments import survey_tweets
 from kd_helpers.experiments.study import run_study
 from kd_helpers.experiments.survey_digits import (
     ARMS,
-    SEEDS,
     Training,
     digits_study,
     measured,
@@ -18,8 +17,6 @@ from kd_helpers.experiments.survey_digits import (
 )
 from kd_helpers.experiments.survey_extensions import calibration_study, subliminal_study, weak_to_strong_study
 from kd_helpers.models import count_parameters
-
-__all__ = ["ARMS", "SEEDS", "study"]
 
 
 def study() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from kd_helpers.experiments import (
     studies,
     study,
     survey,
+    survey_digits,
     survey_extensions,
     survey_tweets,
     tinybert,
@@ -293,7 +294,7 @@ SEEDS = {
     "tinybert": tinybert.SEEDS,
     "language_models": language_models.SEEDS,
     "rationales": rationales.SEEDS["knowledge"],
-    "survey": survey.SEEDS,
+    "survey": survey_digits.SEEDS,
 }
 ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
