@@ -10,6 +10,7 @@ Its top level is the library: what a practitioner imports. Modules follow the fi
 | `losses` | 03: the distillation loss |
 | `optim` | 04: optimiser and learning rate |
 | `loop`, `lean`, `checkpoints`, `metrics`, `runs` | 05: the training loop, and a whole run |
+| `export`, `cascade` | 08: a student that serves, alone or before its teacher |
 | `trainer`, `teacher_trainer`, `trainer_arguments`, `train`, `shards` | 16: many devices, many texts |
 | `resolve`, `runtime`, `artifacts`, `provenance` | all of them |
 
@@ -43,6 +44,7 @@ _HOME = {
     "predict_and_evaluate": "metrics",
     "distill": "runs",
     "load_run": "runs",
+    "export_onnx": "export",
     "DistillationTrainer": "trainer",
     "DistillationArguments": "trainer",
 }

@@ -20,10 +20,11 @@ from kd_helpers import __version__
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main(arguments, prog=…)` carries it out, and what it does."""
+    """A command: the module whose `main(arguments, prog=…)` carries it out, what it does, and its extra packages."""
 
     module: str
     summary: str
+    extra: str = "course"
 
 
 COMMANDS = {
@@ -32,6 +33,9 @@ COMMANDS = {
     ),
     "sweep": Command(
         "kd_helpers.experiments.sweep", "Run a notebook with every combination of some parameters (chapter 07)."
+    ),
+    "export": Command(
+        "kd_helpers.export", "Write a student as ONNX, also with weights of eight bits (chapter 08).", extra="deploy"
     ),
     "study": Command(
         "kd_helpers.experiments.studies",
@@ -87,7 +91,8 @@ def _call(name: str, arguments: Sequence[str], prog: str) -> int:
         if missing in ("", "kd_helpers"):  # a mistake in this package, not in the installation
             raise
         print(
-            f"{prog} needs the package {missing}, which is not installed: run `pip install 'kd-helpers[course]'`.",
+            f"{prog} needs the package {missing}, which is not installed: run `pip install "
+            f"'kd-helpers[{COMMANDS[name].extra}]'`.",
             file=sys.stderr,
         )
         return 2

@@ -13,7 +13,10 @@ from kd_helpers import artifacts
 from kd_helpers.experiments import RESULTS
 
 # Modules with a function `study`, whose result is stored by that name.
-STUDIES = ("comparison", "dark_knowledge", "distilbert", "tinybert", "language_models", "rationales", "survey")
+STUDIES = (
+    *("comparison", "dark_knowledge", "distilbert", "tinybert", "language_models", "rationales", "survey"),
+    "deployment",
+)
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers study") -> int:
