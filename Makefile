@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run run-all site test coverage test-longer test-browser lint format notebooks results sweep study stories explanations benchmark publish lab clean
+.PHONY: help run run-all site demo test coverage test-longer test-browser lint format notebooks results sweep study stories explanations benchmark publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ run-all: $(READY) ## the same with every chapter, also the advanced ones
 
 site: $(READY) ## write artifacts/site/index.html: the course as pages, from what is stored
 	$(BIN)/python -m kd_helpers course site
+
+demo: $(READY) ## write artifacts/site/demo.html, in which teacher and students answer in a browser; needs npm; ten minutes
+	$(BIN)/python -m kd_helpers course demo
 
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
 	$(PYTEST) --dist worksteal tests
@@ -73,7 +76,9 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
 	$(BIN)/python -m kd_helpers course sweep
 
-study: $(READY) ## make the studies of notebooks 10 to 15 again, six hours; resumes where it stopped
+study: $(READY) ## make the studies of notebooks 08 and 10 to 15 again, seven hours; resumes where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment & \
+		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment && wait $$!
 	$(BIN)/python -m kd_helpers study dark_knowledge
 	$(BIN)/python -m kd_helpers study distilbert
 	$(BIN)/python -m kd_helpers study tinybert
@@ -90,8 +95,9 @@ stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, min
 explanations: $(READY) ## let SmolLM2-135M explain the tweets of chapter 14 again, a quarter of an hour; resumes where it stopped
 	$(BIN)/python -m kd_helpers explanations
 
-benchmark: $(READY) ## time the loop against the usual ways, about a quarter of an hour on an idle machine
+benchmark: $(READY) ## time the loop against the usual ways, and how fast models answer; twenty minutes on an idle machine
 	$(BIN)/python -m kd_helpers benchmark --compile --out kd_helpers/experiments/results
+	$(BIN)/python -m kd_helpers benchmark --serve --out kd_helpers/experiments/results
 	$(BIN)/python -m kd_helpers course readme
 
 publish: $(READY) ## write REPO=owner/name and REF=tag into every badge and set-up cell

@@ -20,11 +20,10 @@ from kd_helpers import __version__
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main(arguments, prog=…)` carries it out, what it does, and its extra packages."""
+    """A command: the module whose `main(arguments, prog=…)` carries it out, and what it does."""
 
     module: str
     summary: str
-    extra: str = "course"
 
 
 COMMANDS = {
@@ -34,9 +33,7 @@ COMMANDS = {
     "sweep": Command(
         "kd_helpers.experiments.sweep", "Run a notebook with every combination of some parameters (chapter 07)."
     ),
-    "export": Command(
-        "kd_helpers.export", "Write a student as ONNX, also with weights of eight bits (chapter 08).", extra="deploy"
-    ),
+    "export": Command("kd_helpers.export", "Write a student as ONNX, also with weights of eight bits (chapter 08)."),
     "study": Command(
         "kd_helpers.experiments.studies",
         "Make one of the course's studies again: the comparison of chapter 06, or a paper's.",
@@ -92,7 +89,7 @@ def _call(name: str, arguments: Sequence[str], prog: str) -> int:
             raise
         print(
             f"{prog} needs the package {missing}, which is not installed: run `pip install "
-            f"'kd-helpers[{COMMANDS[name].extra}]'`.",
+            f"'kd-helpers[{'deploy' if missing.startswith('onnx') else 'course'}]'`.",
             file=sys.stderr,
         )
         return 2

@@ -36,10 +36,12 @@ from kd_helpers.models import (
     load_config,
     load_tokenizer,
     match_tokenizer,
+    model_digest,
     model_inputs,
     unwrapped,
 )
 from kd_helpers.pretrained import quiet_transformers, require_softmax_head
+from kd_helpers.provenance import made_by
 from kd_helpers.resolve import resolve
 from kd_helpers.runs import DistillResult, load_run
 
@@ -153,6 +155,19 @@ def export_onnx(source: str | Path, out: str | Path, *, int8: bool = False, max_
 
     with artifacts.locked(folder):
         artifacts.write_folder(folder, build)
+    return folder
+
+
+def cached_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Path:
+    """The folder with both graphs of a model: found again in `artifacts/exports`, or written there.
+
+    Args, errors: see `write_onnx`.
+    """
+    provenance = made_by("kd_helpers.export") | {"model": model_digest(model), "max_length": max_length}
+    folder = artifacts.artifacts_dir() / "exports" / artifacts.fingerprint(provenance)
+    artifacts.get_or_build(
+        folder, lambda target: write_onnx(model, tokenizer, target, max_length=max_length, int8=True)
+    )
     return folder
 
 

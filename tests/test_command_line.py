@@ -16,7 +16,7 @@ import pytest
 import kd_helpers.__main__ as command_line
 from kd_helpers.course.notebooks import ROOT, notebook_paths
 
-COMMANDS = ("train", "sweep", "study", "stories", "explanations", "benchmark", "course")
+COMMANDS = ("train", "sweep", "export", "study", "stories", "explanations", "benchmark", "course")
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -130,15 +130,16 @@ def test_a_command_gets_its_arguments_and_its_name_and_gives_the_exit_status(pre
     assert calls == [(["a.ipynb", "--", "-x", "--help"], "kd-helpers sweep")]
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(pretended, capsys):
+@pytest.mark.parametrize(("module", "extra"), [("papermill.execute", "course"), ("onnxruntime", "deploy")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(pretended, capsys, module, extra):
     def main(arguments, *, prog):
-        raise ModuleNotFoundError("No module named 'papermill.execute'", name="papermill.execute")
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     pretended(main)
     assert command_line.main(["sweep"]) == 2
     assert capsys.readouterr().err == (
-        "kd-helpers sweep needs the package papermill, which is not installed: "
-        "run `pip install 'kd-helpers[course]'`.\n"
+        f"kd-helpers sweep needs the package {module.partition('.')[0]}, which is not installed: "
+        f"run `pip install 'kd-helpers[{extra}]'`.\n"
     )
 
 

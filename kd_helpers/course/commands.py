@@ -102,6 +102,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "Executes nothing. The pages and an index go to artifacts/site and load nothing from the network.",
     )
     add(
+        "demo",
+        _demo,
+        "Make the page in which teacher and students answer in a browser (chapter 08).",
+        "Trains the models if they are not there, and fetches transformers.js and ONNX Runtime with npm. The page goes "
+        "to artifacts/site, and needs a server: the command says how to start one.",
+    )
+    add(
         "readme",
         _readme,
         "Write the stored results into the README.",
@@ -156,6 +163,17 @@ def _site(chosen: argparse.Namespace) -> None:
     folder = artifacts_dir() / "site"
     site(notebook_paths(), folder)
     print(f"The course as pages: {folder / 'index.html'}")
+
+
+def _demo(chosen: argparse.Namespace) -> None:
+    from kd_helpers.course.demo import demo
+
+    try:
+        path = demo(artifacts_dir() / "site")
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    print(f"The page: {path}\nStart a server with `python -m http.server --bind 127.0.0.1 --directory {path.parent}`")
+    print(f"and open http://127.0.0.1:8000/{path.name}.")
 
 
 def _readme(chosen: argparse.Namespace) -> None:

@@ -25,13 +25,15 @@ from kd_helpers.experiments.study import gains, means, stored_study, study_table
 
 _NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?%?"
 # The number, or two with "to" between them, its unit, and the marker.
-MARKED = re.compile(rf"(?:{_NUMBER} to )?{_NUMBER}(?: (?:points?|nats))?<!-- (?P<spec>[\w.]+: [^>]+?) -->")
+MARKED = re.compile(rf"(?:{_NUMBER} to )?{_NUMBER}(?: (?:points?|nats|ms|MB))?<!-- (?P<spec>[\w.]+: [^>]+?) -->")
 # Measures that are shares: in percent, and their differences in points.
 SHARES = (
     *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "again_accuracy", "validation"),
     *("coherent", "grammar", "names", "plot", "ending"),
     *("rationale_accuracy", "given_accuracy", "given_rationales"),
     *("old_accuracy", "new_accuracy"),
+    *("cascade_agreement", "cascade_accuracy", "cascade_asked", "cascade_kept", "batched_fidelity"),
+    *(f"{way}_{name}" for way in ("float32", "bfloat16", "int8") for name in ("accuracy", "fidelity", "agreement")),
 )
 # Numbers that no study has, by the name of the marker; each function returns the number as it is written.
 OTHERS: dict[str, Callable[[str], str]] = {}
@@ -407,3 +409,44 @@ def _benchmark(rest: str) -> str:
 
 
 OTHERS["benchmark"] = _benchmark
+
+
+def _served(rest: str) -> str:
+    """A change of accuracy in chapter 08's study, with its interval over test texts in place of seeds.
+
+    Args:
+        rest: `ARM WAY - OTHER ARM WAY`, where an arm may be `teacher` and a way is float32, bfloat16 or int8; with
+            `, interval` its 95% interval.
+    """
+    from kd_helpers.experiments.deployment import accuracy_change  # here, since it imports onnxruntime
+
+    sides, *interval = (part.strip() for part in rest.split(","))
+    one, _, other = (tuple(part.split()) for part in sides.partition(" - "))
+    change = accuracy_change(_stored("deployment"), one, other)
+    return _as_written(change, share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["served"] = _served
+
+
+def _serving(rest: str) -> str:
+    """A number of the stored serving benchmark, with as many threads as its machine has cores.
+
+    Args:
+        rest: `MODEL WAY, MEASURE`, in ms or MB where the measure's name says so; or `MODEL WAY / OTHER MODEL WAY,
+            MEASURE`: how many times as much. With `, THREADS` at the end for another number of threads.
+    """
+    from kd_helpers.experiments.serving import stored_serving, times  # here, since it imports onnxruntime
+
+    sides, measure, *threads = (part.strip() for part in rest.split(","))
+    table = times(stored_serving())[measure]
+    count = int(threads[0]) if threads else table.index.get_level_values("threads").max()
+    one, _, other = (tuple(part.split()) for part in sides.partition(" / "))
+    if other:
+        return f"{table[(*one, count)] / table[(*other, count)]:.1f}"
+    unit = " ms" if measure.endswith("_ms") else " MB" if measure == "megabytes" else ""
+    value = table[(*one, count)]
+    return f"{value:,.0f}{unit}" if value >= 100 else f"{value:.{1 if value >= 1 else 2}f}{unit}"
+
+
+OTHERS["serving"] = _serving

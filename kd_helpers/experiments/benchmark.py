@@ -1,5 +1,7 @@
 """How fast is the course's loop? `python -m kd_helpers benchmark` measures it against the usual ways.
 
+With `--serve` the command measures how fast teacher and student answer instead (see `serving`).
+
 Every way trains the same student from the same first weights on the same texts for the same number of epochs. The ways
 take turns, round after round, so that a machine that slows down slows all of them, and ratios within a round are
 compared.
@@ -14,6 +16,7 @@ import dataclasses
 import functools
 import gc
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -629,7 +632,15 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers benc
         prog=prog,
         description="Time the course's training loop against the usual ways of distilling, in turn, on this machine. "
         "Run it on an idle machine: times of a busy one say little.",
-        epilog=f"Example: {prog} --texts 500 --rounds 3. It prints a report and writes benchmark.json.",
+        epilog=f"Example: {prog} --texts 500 --rounds 3. Prints a report and writes benchmark.json (or serving.json).",
+    )
+    parser.add_argument(
+        "--serve",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="instead, time how fast teacher and student answer, in torch, as ONNX and with weights of eight bits: "
+        "those of a run's folder, or the course's own; needs kd-helpers[deploy]",
     )
     parser.add_argument("--shape", choices=SHAPES, default="offline", help="of the models; bert has random weights")
     parser.add_argument("--texts", type=int, default=1000, help="labelled tweets to train on (default 1000)")
@@ -646,7 +657,22 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers benc
         folder = Path(expanded(chosen.out or artifacts.artifacts_dir() / "benchmark", "--out"))
     except ValueError as error:
         parser.error(str(error))
+    if chosen.serve is not None:
+        return _serve(chosen.serve, folder, prog)
     result = run(chosen.shape, config, rounds=chosen.rounds, compiled=chosen.compile)
     artifacts.save_json(folder / "benchmark.json", result)
     print(report(result) + f"\nwritten to {folder / 'benchmark.json'}")
+    return 0
+
+
+def _serve(source: str, folder: Path, prog: str) -> int:
+    from kd_helpers.experiments import serving  # here, since it needs onnxruntime
+
+    try:
+        result = serving.run(source)
+    except (OSError, ValueError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    artifacts.save_json(folder / "serving.json", result)
+    print(serving.report(result) + f"\nwritten to {folder / 'serving.json'}")
     return 0

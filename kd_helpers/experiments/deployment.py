@@ -20,18 +20,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kd_helpers import artifacts
 from kd_helpers.cascade import cascade, choose_threshold
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import corpus_digest, evaluation_batches, read_corpus, tokenize, training_batches
 from kd_helpers.experiments.statistics import mean_interval
 from kd_helpers.experiments.study import Arm, Study, run_study
-from kd_helpers.export import OnnxClassifier, write_onnx
+from kd_helpers.export import OnnxClassifier, cached_export, write_onnx
 from kd_helpers.loop import train_classifier
 from kd_helpers.methods.quantisation_aware import rounded_layers
 from kd_helpers.metrics import Predictions, classification_metrics, fidelity, predict
-from kd_helpers.models import checkpoint_version, load_student, model_digest
-from kd_helpers.provenance import made_by
+from kd_helpers.models import checkpoint_version, load_student
 from kd_helpers.resolve import Setup, resolve
 from kd_helpers.runtime import machine, seed_everything
 from kd_helpers.teacher import TeacherLogits, attach, cached_logits, fine_tuned_teacher
@@ -94,16 +92,12 @@ def prepare(config: DistillConfig = CONFIG) -> Ground:
     """Load the data and the teacher, and quantise it; what was made before is found again."""
     setup = resolve(config)
     teacher, tokenizer = fine_tuned_teacher(setup), setup.tokenizers.teacher
-    provenance = made_by("kd_helpers.export") | {"teacher": model_digest(teacher), "max_length": config.max_length}
-    folder = artifacts.artifacts_dir() / "exports" / artifacts.fingerprint(provenance)
-    artifacts.get_or_build(
-        folder, lambda target: write_onnx(teacher, tokenizer, target, max_length=config.max_length, int8=True)
-    )
+    graphs = cached_export(teacher, tokenizer, max_length=config.max_length)
     splits = {
         name: tokenize(getattr(setup.data, name), tokenizer, config.max_length)
         for name in ("student_train", "validation", "test")
     }
-    return Ground(setup, teacher, OnnxClassifier(folder, int8=True), splits)
+    return Ground(setup, teacher, OnnxClassifier(graphs, int8=True), splits)
 
 
 def train(ground: Ground, training: Training, seed: int) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from kd_helpers.experiments import (
     RESULTS,
     comparison,
     dark_knowledge,
+    deployment,
     distilbert,
     language_models,
     rationales,
@@ -286,6 +287,7 @@ MODULES = {
     "language_models": language_models,
     "rationales": rationales,
     "survey": survey,
+    "deployment": deployment,
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
@@ -295,6 +297,7 @@ SEEDS = {
     "language_models": language_models.SEEDS,
     "rationales": rationales.SEEDS["knowledge"],
     "survey": survey_digits.SEEDS,
+    "deployment": deployment.SEEDS,
 }
 ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
@@ -314,7 +317,8 @@ def test_a_stored_study_has_the_arms_of_today(name):
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
     assert titles(stored) == {arm: described.title for arm, described in arms.items()}
-    assert list(study_table(stored, "nats" if name == "language_models" else "accuracy")) == list(arms)
+    measure = {"language_models": "nats", "deployment": "int8_accuracy"}.get(name, "accuracy")
+    assert list(study_table(stored, measure)) == list(arms)
 
 
 @pytest.mark.parametrize("name", STUDIES)
