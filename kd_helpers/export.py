@@ -177,8 +177,7 @@ def write_onnx(
     """Write a model as ONNX into a folder, with what a program needs to run it, and compare it with the model.
 
     Args:
-        model: a classifier of transformers. It stays as it is: a copy of it is exported, because the exporter leaves a
-            model in train mode.
+        model: a classifier of transformers. It stays as it is, in its mode: a copy of it is exported.
         tokenizer: that of the model.
         folder: is filled.
         max_length: tokens of a text that are kept.

@@ -63,7 +63,7 @@ def course_models() -> list[Shown]:
         Shown(
             "teacher",
             "Teacher",
-            f"{teacher.config.num_hidden_layers} layers, fine-tuned on {len(setup.data.teacher_train):,} labelled tweets",
+            f"{teacher.config.num_hidden_layers} layers, from {len(setup.data.teacher_train):,} labelled tweets",
             cached_export(teacher, tokenizer, max_length=length),
         )
     ]

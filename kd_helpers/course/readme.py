@@ -25,6 +25,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "05": ("loop", "lean", "checkpoints", "metrics", "runs"),
     "06": ("experiments.comparison",),
     "07": ("experiments.sweep",),
+    "08": ("export", "cascade", "experiments.serving", "methods.quantisation_aware"),
     "10": ("methods.digits", "experiments.study"),
     "11": ("methods.hidden_losses", "methods.distilbert"),
     "12": ("methods.tinybert", "methods.augmentation"),
