@@ -117,7 +117,7 @@ def test_a_run_is_exported_with_its_quality(run, tmp_path, capsys):
     assert "Texts are cut at 24 tokens." in card
     for way, row in quality.items():
         assert f"| {way} | {row['accuracy']:.4f} |" in card
-        assert re.search(rf"(?m)^{way} +{row['accuracy']:.4f}", printed)
+        assert re.search(rf"(?m)^{way} +{round(row['accuracy'], 4)}", printed)
     test = tokenize(load_splits(run.config).test, run.tokenizer, 24)
     measured = evaluate(run.student, evaluation_batches(test, run.tokenizer))
     assert {name: quality["torch"][name] for name in measured} == pytest.approx(measured, abs=1e-6)

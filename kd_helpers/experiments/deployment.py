@@ -110,7 +110,7 @@ def train(ground: Ground, training: Training, seed: int) -> PreTrainedModel:
         train_classifier(
             student,
             training_batches(texts, setup.tokenizers.student, setup.config.batch_size, seed=seed),
-            config=setup.config,
+            config=setup.config.replace(lean=not training.rounded),  # see `rounded_layers`
             precision=setup.precision,
             description="Distilling",
         )

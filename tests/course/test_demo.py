@@ -90,7 +90,7 @@ def test_the_page_stands_beside_all_that_it_loads(own_artifacts, tmp_path, monke
     html = path.read_text()
     assert "right on 80.1% of the test tweets" in html
     assert "2 layers &amp; a head" in html
-    assert html.count("data-model=") == 2
+    assert html.count("<section data-model=") == 2
     assert "https://cdn" not in html
     files = {
         file.relative_to(tmp_path / "site" / "demo").as_posix() for file in (tmp_path / "site" / "demo").rglob("*")

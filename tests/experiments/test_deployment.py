@@ -70,7 +70,8 @@ def test_a_cascade_is_measured_against_its_teacher():
     assert 0.1 < measures["cascade_asked"] < 0.9
     assert measures["cascade_kept"] >= 0.95
     perfect = cascade_measures(teacher, stored, seed=0)
-    assert perfect == {"cascade_agreement": 1, "cascade_accuracy": 1, "cascade_asked": 0, "cascade_kept": 1}
+    assert perfect.pop("cascade_asked") < 0.01  # those below the lowest confidence that was seen
+    assert perfect == {"cascade_agreement": 1, "cascade_accuracy": 1, "cascade_kept": 1}
     assert len(resplit_agreements(teacher["test"].logits, teacher["test"].logits, 500, 0)) == deployment.RESPLITS
 
 

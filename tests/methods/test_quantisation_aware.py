@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from support.models import tiny_bert
@@ -51,7 +49,7 @@ def test_a_model_is_rounded_within_and_trained_behind_it():
     before, names = model(ids).logits, list(model.state_dict())
     with rounded_layers(model):
         rounded = model(ids).logits
-        assert 0 < float((rounded - before).abs().max()) < 0.05
+        assert 0 < float((rounded - before).abs().max().detach()) < 0.05
         rounded.sum().backward()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -59,9 +57,9 @@ def test_a_model_is_rounded_within_and_trained_behind_it():
         with pytest.raises(ValueError, match="rounded already"), rounded_layers(model):
             pass
     after = model(ids).logits
-    assert list(model.state_dict()) == names
-    assert float((after - before).abs().max()) > 0.05
-    assert not any(layer._forward_pre_hooks for layer in model.modules())
+    assert sorted(model.state_dict()) == sorted(names)
+    assert float((after - before).abs().max().detach()) > 0.05
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.modules())
 
 
 def test_a_model_without_linear_layers_is_refused():
@@ -69,17 +67,15 @@ def test_a_model_without_linear_layers_is_refused():
         pass
 
 
-def test_the_rounding_is_nearer_to_onnxruntime_than_none(tmp_path, tokenized, tokenizer):
+def test_the_rounding_is_that_of_onnxruntime(tmp_path, tokenized, tokenizer):
     model = tiny_bert(2, dropout=0.0).eval()
     for parameter in model.parameters():
         parameter.data *= 4
     write_onnx(model, tokenizer, tmp_path, max_length=24, int8=True)
     rows = [tokenized.select([index]) for index in range(8)]
-    alone = [{name: torch.tensor(row[name]) for name in ("id", "input_ids", "attention_mask")} for row in rows]
+    alone = [{name: torch.tensor(row[name][:]) for name in ("id", "input_ids", "attention_mask")} for row in rows]
     alone = [batch | {"labels": torch.zeros(1, dtype=torch.long)} for batch in alone]
     graph = predict(OnnxClassifier(tmp_path, int8=True), alone).logits
-    plain = predict(model, alone).logits
-    simulated = copy.deepcopy(model)
-    with rounded_layers(simulated):
-        rounded = predict(simulated, alone).logits
-    assert float((rounded - graph).abs().mean()) < 0.8 * float((plain - graph).abs().mean())
+    assert float((predict(model, alone).logits - graph).abs().max()) > 5e-3
+    with rounded_layers(model):
+        assert_close(predict(model, alone).logits, graph, rtol=1e-4, atol=1e-4)
