@@ -14,9 +14,9 @@ Its top level is the library: what a practitioner imports. Modules follow the fi
 | `trainer`, `teacher_trainer`, `trainer_arguments`, `train`, `shards` | 16: many devices, many texts |
 | `resolve`, `runtime`, `artifacts`, `provenance` | all of them |
 
-`methods` holds one module for each published method (chapters 10 to 13), and `methods.causal_trainer`, which brings
-those of chapter 13 into the Trainer of chapter 16. `experiments` holds the comparisons, sweeps and studies (06, 07, 10
-to 12), and `course` the notebooks' figures, pages and execution. An import goes down in this order, never up.
+`methods` holds one module for each published method (chapters 08 and 10 to 15), and `methods.causal_trainer`, which
+brings those of chapter 13 into the Trainer of chapter 16. `experiments` holds the comparisons, sweeps and studies (06
+to 08, 10 to 15), and `course` the notebooks' figures, pages and execution. An import goes down in this order, never up.
 `python -m kd_helpers` is the command line.
 
 The names below can be imported from here. A module is loaded when one of its names is first used, so

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import joblib
 import papermill
+from tqdm.auto import tqdm
 
 from kd_helpers import artifacts
-from kd_helpers.course.costs import measured, print_cost
 from kd_helpers.course.notebooks import notebook_paths
 from kd_helpers.course.site import write_contents, write_page
 from kd_helpers.experiments.comparison import BASELINE, stored_comparison
+from kd_helpers.experiments.environment import environment
 from kd_helpers.experiments.study import gains, study_table, titles
+from kd_helpers.experiments.sweep import threads_per_job
+
+SIDE_BY_SIDE = 2  # notebooks; while one loads libraries or draws, the other computes
 
 
 def run(paths: Sequence[Path], folder: Path, *, others: Sequence[Path] = ()) -> None:
     """Execute notebooks with papermill into `folder`, as notebooks and as HTML pages with an index.
+
+    The first one runs alone, because it fine-tunes the teacher, for which the others would wait. Those run side by
+    side, each with its share of the cores.
 
     Args:
         paths: of the notebooks.
@@ -25,13 +36,24 @@ def run(paths: Sequence[Path], folder: Path, *, others: Sequence[Path] = ()) -> 
         others: notebooks that are not executed: their pages show what is stored, so that no link leads nowhere.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, path in enumerate(paths, start=1):
-        executed = folder / path.name
-        bar = {"desc": path.stem, "leave": False}
-        with measured() as cost:
-            papermill.execute_notebook(path, executed, cwd=path.parent, progress_bar=bar)
+    finished = itertools.count(1)
+
+    def execute(path: Path) -> None:
+        start, executed = time.perf_counter(), folder / path.name
+        papermill.execute_notebook(path, executed, progress_bar={"desc": path.stem, "leave": False})
         write_page(executed, folder)
-        print_cost(number, len(paths), path, cost)
+        tqdm.write(f"[{next(finished)}/{len(paths)}] {path.stem}: {time.perf_counter() - start:.0f} s")
+
+    for path in paths[:1]:
+        execute(path)
+    jobs = min(SIDE_BY_SIDE, joblib.cpu_count())
+    pool = ThreadPoolExecutor(jobs)
+    with environment({"OMP_NUM_THREADS": str(threads_per_job(jobs)), "TOKENIZERS_PARALLELISM": "false"}):
+        try:
+            for future in as_completed([pool.submit(execute, path) for path in paths[1:]]):
+                future.result()
+        finally:  # after an error, notebooks that have not begun do not begin
+            pool.shutdown(wait=False, cancel_futures=True)
     for path in others:
         write_page(path, folder)
     write_contents(sorted({*paths, *others}), folder)

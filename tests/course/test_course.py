@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,10 +9,12 @@ import sys
 import urllib.parse
 from pathlib import Path
 
+import joblib
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from papermill.exceptions import PapermillExecutionError
 
 from kd_helpers import artifacts, experiments
 from kd_helpers.course import commands, costs, full_sweep, notebooks, publish, readme, run, store
@@ -278,7 +281,35 @@ def test_a_run_leaves_notebooks_pages_and_an_index(tmp_path, capsys):
     run.run([source], tmp_path / "out")
     assert {"00_tiny.ipynb", "00_tiny.html", "index.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert "Tiny" in (tmp_path / "out" / "index.html").read_text()
-    assert re.search(r"\[1/1\] 00_tiny: \d+ s, [1-9]\d* MB at the peak", capsys.readouterr().out)
+    assert re.search(r"\[1/1\] 00_tiny: \d+ s\n", capsys.readouterr().out)
+
+
+def write_tiny(folder: Path, number: str, code: str) -> Path:
+    path = folder / f"{number}_tiny.ipynb"
+    cells = [new_markdown_cell(f"# {number} · Tiny"), new_code_cell(code)]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), path)
+    return path
+
+
+def test_the_first_notebook_runs_alone_and_the_others_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    note = "import os, time\nprint(os.environ['OMP_NUM_THREADS'], time.time())\ntime.sleep(0.5)\nprint(time.time())"
+    paths = [write_tiny(tmp_path, number, note) for number in ("00", "01", "02")]
+    run.run(paths, tmp_path / "out")
+    seen = []
+    for path in paths:
+        notebook = nbformat.read(tmp_path / "out" / path.name, as_version=4)
+        seen.append("".join(output.text for output in notebook.cells[1].outputs).split())
+    assert [threads for threads, *_ in seen] == ["7", *2 * [str(joblib.cpu_count() // min(2, joblib.cpu_count()))]]
+    assert float(seen[0][2]) < min(float(began) for _, began, _ in seen[1:])
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_notebook_that_fails_ends_the_run(tmp_path):
+    paths = [write_tiny(tmp_path, "00", "1"), write_tiny(tmp_path, "01", "1 / 0"), write_tiny(tmp_path, "02", "2")]
+    with pytest.raises(PapermillExecutionError, match="ZeroDivisionError"):
+        run.run(paths, tmp_path / "out")
+    assert not (tmp_path / "out" / "index.html").exists()
 
 
 def test_chapters_that_are_not_run_are_shown_as_they_are_stored(tmp_path):
@@ -302,7 +333,7 @@ def asked_to_run(monkeypatch) -> list[str]:
 def test_run_executes_the_main_chapters_unless_told_otherwise(asked_to_run):
     every = [path.name[:2] for path in notebooks.notebook_paths()]
     main = [number for number in every if number < "10"]
-    assert main[:8] == ["00", "01", "02", "03", "04", "05", "06", "07"]
+    assert main[:9] == ["00", "01", "02", "03", "04", "05", "06", "07", "08"]
     assert len(main) < len(every)
     for arguments, expected in ([], main), (["--all"], every), (["12", "03"], ["03", "12"]):
         asked_to_run.clear()
