@@ -9,6 +9,7 @@ from scipy import stats
 
 from kd_helpers.course.numbers import _written, fill, number
 from kd_helpers.experiments.comparison import stored_comparison
+from kd_helpers.experiments.serving import stored_serving
 from kd_helpers.experiments.study import stored_study
 from kd_helpers.experiments.sweep import stored_sweep
 
@@ -117,3 +118,28 @@ def test_a_marker_that_names_nothing_is_refused(spec):
 )
 def test_a_number_has_as_many_digits_as_it_needs_and_no_minus_before_0(value, share, written):
     assert _written(value, share) == written
+
+
+def test_changes_in_eight_bits_have_their_interval_over_texts():
+    stored = stored_study("deployment")
+    labels = np.array(stored["labels"].split())
+    students = [run for run in stored["runs"] if run["arm"] == "student"]
+    right = {
+        way: np.mean([np.array(run[f"{way}_predicted"].split()) == labels for run in students], axis=0)
+        for way in ("int8", "float32")
+    }
+    mean, interval = written(right["int8"] - right["float32"])
+    assert number("served: student int8 - student float32") == f"{mean} points"
+    assert number("served: student int8 - student float32, interval") == interval
+
+
+def test_numbers_of_the_serving_benchmark():
+    rows = {(row["model"], row["way"], row["threads"]): row for row in stored_serving()["rows"]}
+    most = max(threads for *_, threads in rows)
+    times = [rows[model, way, most]["p50_ms"] for model, way in (("student", "int8"), ("teacher", "torch"))]
+    assert number("serving: student int8 / teacher torch, p50_ms") == f"{times[0] / times[1]:.1f}"
+    assert number("serving: student int8, p50_ms") == f"{times[0]:.2f} ms"
+    assert number("serving: student int8, megabytes, 1") == f"{rows['student', 'int8', 1]['megabytes']:.1f} MB"
+    assert (
+        fill("9 MB<!-- serving: student int8, megabytes --> and") != "9 MB<!-- serving: student int8, megabytes --> and"
+    )
