@@ -14,6 +14,7 @@ import papermill
 from tqdm.auto import tqdm
 
 from kd_helpers import artifacts
+from kd_helpers.course.costs import stored_costs
 from kd_helpers.course.notebooks import notebook_paths
 from kd_helpers.course.site import write_contents, write_page
 from kd_helpers.experiments.comparison import BASELINE, stored_comparison
@@ -28,7 +29,7 @@ def run(paths: Sequence[Path], folder: Path, *, others: Sequence[Path] = ()) -> 
     """Execute notebooks with papermill into `folder`, as notebooks and as HTML pages with an index.
 
     The first one runs alone, because it fine-tunes the teacher, for which the others would wait. Those run side by
-    side, each with its share of the cores.
+    side, each with its share of the cores, the longest first.
 
     Args:
         paths: of the notebooks.
@@ -50,13 +51,19 @@ def run(paths: Sequence[Path], folder: Path, *, others: Sequence[Path] = ()) -> 
     pool = ThreadPoolExecutor(jobs)
     with environment({"OMP_NUM_THREADS": str(threads_per_job(jobs)), "TOKENIZERS_PARALLELISM": "false"}):
         try:
-            for future in as_completed([pool.submit(execute, path) for path in paths[1:]]):
+            for future in as_completed([pool.submit(execute, path) for path in longest_first(paths[1:])]):
                 future.result()
         finally:  # after an error, notebooks that have not begun do not begin
             pool.shutdown(wait=False, cancel_futures=True)
     for path in others:
         write_page(path, folder)
     write_contents(sorted({*paths, *others}), folder)
+
+
+def longest_first(paths: Sequence[Path]) -> list[Path]:
+    """Notebooks by the time that they took when they were stored, so that no long one begins last."""
+    costs = stored_costs()
+    return sorted(paths, key=lambda path: -costs.get(path.stem, {"seconds": 0})["seconds"])
 
 
 def run_and_report(paths: Sequence[Path]) -> None:

@@ -305,6 +305,14 @@ def test_the_first_notebook_runs_alone_and_the_others_side_by_side(tmp_path, mon
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
+def test_the_longest_notebook_begins_first(tmp_path):
+    stored = costs.stored_costs()
+    ordered = run.longest_first([*notebooks.notebook_paths(), tmp_path / "99_new.ipynb"])
+    assert ordered[-1].stem == "99_new"
+    seconds = [stored[path.stem]["seconds"] for path in ordered[:-1]]
+    assert seconds == sorted(seconds, reverse=True)
+
+
 def test_a_notebook_that_fails_ends_the_run(tmp_path):
     paths = [write_tiny(tmp_path, "00", "1"), write_tiny(tmp_path, "01", "1 / 0"), write_tiny(tmp_path, "02", "2")]
     with pytest.raises(PapermillExecutionError, match="ZeroDivisionError"):
