@@ -1,7 +1,7 @@
 """Chapter 08: how fast a model answers, in torch and as an ONNX graph, on this machine.
 
 Teacher and student are timed in the same ways, in turn, round after round, so that a machine that slows down slows all
-of them. A text is cut into tokens on the clock, as it is when a model serves.
+of them. The time for tokenising is included, as it is when a model serves.
 """
 
 from __future__ import annotations
