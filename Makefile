@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run run-all site demo test coverage test-longer test-browser lint format notebooks results sweep study stories explanations benchmark publish lab clean
+.PHONY: help run run-all site demo test coverage test-longer test-browser lint format notebooks results sweep study stories explanations benchmark conformance publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -99,6 +99,9 @@ benchmark: $(READY) ## time the loop against the usual ways, and how fast models
 	$(BIN)/python -m kd_helpers benchmark --compile --out kd_helpers/experiments/results
 	$(BIN)/python -m kd_helpers benchmark --serve --out kd_helpers/experiments/results
 	$(BIN)/python -m kd_helpers course readme
+
+conformance: $(READY) ## run the losses of other toolkits on the same logits, each installed for itself; three minutes
+	$(BIN)/python -m kd_helpers.experiments.conformance
 
 publish: $(READY) ## write REPO=owner/name and REF=tag into every badge and set-up cell
 	$(BIN)/python -m kd_helpers course publish -- "$$REPO" "$$REF"
