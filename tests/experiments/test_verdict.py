@@ -1,0 +1,342 @@
+"""A verdict on one's own texts: the plan, the runs, the choices, and the answers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from support.models import tiny_bert
+from support.runs import tiny_config
+
+from kd_helpers import artifacts
+from kd_helpers.config import DistillConfig
+from kd_helpers.data import load_splits, tokenize, training_batches
+from kd_helpers.experiments import verdict as verdicts
+from kd_helpers.experiments import verdict_runs
+from kd_helpers.experiments.comparison import BASELINE
+from kd_helpers.experiments.judgement import CANNOT_TELL, PAYS, UNFINISHED
+from kd_helpers.experiments.verdict import (
+    COMMONEST,
+    STOPPED,
+    TEACHER,
+    TFIDF,
+    Opened,
+    class_differences,
+    difference,
+    make_rivals,
+    questions,
+    verdict,
+)
+from kd_helpers.experiments.verdict_runs import (
+    DISTILLED,
+    LENGTHS,
+    MORE,
+    SMOOTHED,
+    TRANSFER,
+    Plan,
+    Speed,
+    arms_of,
+    labels_that_fit,
+    make_plan,
+    prepare,
+    prepared,
+    run_all,
+    still_falls,
+    teacher_seconds,
+    whole_weights,
+)
+from kd_helpers.lean import lean_training
+from kd_helpers.metrics import classification_metrics, predict
+from kd_helpers.resolve import resolve
+
+WORDS = {"calm": ("rain", "moss", "lake", "dusk"), "loud": ("drum", "horn", "siren", "crowd")}
+PLAN = Plan(lengths=(4, 8), seeds=(3, 3))
+
+
+def write_texts(path: Path, *, labelled: int = 160, unlabelled: int = 40) -> str:
+    """Texts of two classes by their words; the words of every text differ."""
+    draw = random.Random(0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        for number in range(labelled + unlabelled):
+            name = ("calm", "loud")[number % 2]
+            words = [draw.choice(WORDS[name]) for _ in range(4)] + [str(number)]
+            rows.writerow([" ".join(words), name if number < labelled else ""])
+    return str(path)
+
+
+@pytest.fixture
+def small(tmp_path, own_artifacts, tokenizer) -> DistillConfig:
+    """Two classes, tiny models."""
+    data = write_texts(tmp_path / "texts.csv")
+    names = {0: "calm", 1: "loud"}
+    return tiny_config(tmp_path, tokenizer, labels=names, data=data, train_size=60, teacher_train_size=60)
+
+
+@pytest.fixture
+def whole(small) -> dict:
+    return verdict(small, plan=PLAN, report=lambda plan: None)
+
+
+def test_a_verdict_has_every_part(whole):
+    names = {BASELINE, SMOOTHED, DISTILLED, TRANSFER, STOPPED, COMMONEST, TFIDF}
+    assert set(whole["choices"]["candidates"]) == names
+    assert {row["name"] for row in whole["table"]} == names | {TEACHER}
+    assert [entry["question"] for entry in whole["questions"]] == ["baseline", "baseline", "teacher", "rivals"]
+    assert {row["model"] for row in whole["costs"]} == {"teacher", "student"}
+    assert whole["sizes"]["transfer"]["all"] == 40
+    assert whole["sizes"]["test"]["all"] == 32
+    assert whole["seeds"] == 3
+    assert whole["steps"] in PLAN.lengths
+
+
+def test_words_alone_are_enough_here_and_the_table_says_so(whole):
+    by_name = {row["name"]: row for row in whole["table"]}
+    assert by_name[TFIDF]["accuracy"] == 1.0
+    assert by_name[COMMONEST]["accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert "nll" not in by_name[TFIDF]
+
+
+def test_the_same_verdict_again_trains_nothing(small, whole, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a run was made again")
+
+    monkeypatch.setattr(verdict_runs, "train_arm", refuse)
+    monkeypatch.setattr(verdict_runs, "fit", refuse)
+    again = verdict(small, plan=PLAN, report=lambda plan: None)
+    assert {key: again[key] for key in ("questions", "table", "choices")} == {
+        key: whole[key] for key in ("questions", "table", "choices")
+    }
+
+
+def test_choices_do_not_see_the_test_split(small, monkeypatch):
+    """Whatever the students would predict for test, the choices stay what they are."""
+    read, opened = verdicts._run_logits, []
+
+    def seen(run, moment, split):
+        opened.append(split)
+        return read(run, moment, split)
+
+    monkeypatch.setattr(verdicts, "_run_logits", seen)
+    ground = prepare(resolve(small))
+    runs, rivals = run_all(ground, PLAN), make_rivals(ground, "accuracy")
+    before = verdicts.choose(ground, runs, rivals, "accuracy")
+    assert set(opened) == {"validation"}
+    for entries in runs.runs.values():
+        for entry in entries:
+            file = artifacts.artifacts_dir() / entry["folder"] / "test.safetensors"
+            logits = safetensors.torch.load(file.read_bytes())
+            safetensors.torch.save_file({name: -value for name, value in logits.items()}, file)
+    assert verdicts.choose(ground, runs, rivals, "accuracy") == before
+
+
+def test_arms_of_a_seed_start_alike_and_see_the_same_texts(small):
+    """With alpha 0 a distilled student is the baseline, to the last bit."""
+    ground = prepare(resolve(small.replace(alpha=0.0)))
+    runs = run_all(ground, PLAN)
+    of = {arm: verdicts._logits(runs, arm, "last", "validation") for arm in (BASELINE, DISTILLED, SMOOTHED)}
+    np.testing.assert_array_equal(of[BASELINE], of[DISTILLED])
+    assert np.abs(of[BASELINE] - of[SMOOTHED]).max() > 0
+    assert np.abs(of[BASELINE][0] - of[BASELINE][1]).max() > 0
+
+
+def test_the_best_moment_is_the_best_on_validation(small):
+    ground = prepare(resolve(small))
+    runs = run_all(ground, PLAN)
+    labels = torch.tensor(verdicts._labels(ground.setup.data.validation))
+    for entry in runs.runs[BASELINE]:
+        best = max(moment["accuracy"] for moment in entry["history"])
+        logits = torch.tensor(verdicts._run_logits(entry, "best", "validation"))
+        assert classification_metrics(logits, labels)["accuracy"] == best
+
+
+def test_weights_within_lean_training_are_those_outside_it(tokenizer, splits):
+    model = tiny_bert(vocabulary=len(tokenizer))
+    texts = tokenize(splits.train, tokenizer, 16)
+    with lean_training(model, texts["input_ids"][:]):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter)
+        kept = whole_weights(model)
+    outside = model.state_dict()
+    assert kept.keys() == outside.keys()
+    assert all(torch.equal(value, outside[name]) for name, value in kept.items())
+    batches = list(training_batches(texts, tokenizer, 16, seed=0))
+    before = predict(model, batches).logits
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.load_state_dict(kept)
+    assert torch.equal(predict(model, batches).logits, before)
+
+
+# ---- The plan
+
+FAST = Speed(student_step=0.05, teacher_step=0.2, student_text=0.001, teacher_text=0.002)
+
+
+@pytest.fixture(scope="module")
+def tweets():
+    config = DistillConfig(train_size=2500, teacher_train_size=10_000)
+    return config, load_splits(config)
+
+
+def test_a_larger_budget_gives_longer_runs_or_more_seeds(tweets):
+    config, data = tweets
+    plans = [make_plan(minutes * 60.0, FAST, config, data) for minutes in (5, 30, 120)]
+    assert [plan.rough for plan in plans] == [True, False, False]
+    assert [plan.tries for plan in plans] == [False, True, True]
+    reached = [(plan.lengths[-1], plan.seeds[-1]) for plan in plans]
+    assert reached == sorted(reached)
+    assert reached[0] < reached[2]
+    for plan, minutes in zip(plans[1:], (30, 120), strict=True):
+        assert plan.seconds <= minutes * 60 * 1.01
+        assert min(plan.seeds) >= 3
+        assert list(plan.seeds) == sorted(plan.seeds, reverse=True), "shorter runs leave time for more seeds"
+
+
+def test_a_budget_that_is_too_small_gives_the_smallest_plan(tweets):
+    config, data = tweets
+    plan = make_plan(1.0, FAST, config, data)
+    assert plan.lengths == LENGTHS[:2]
+    assert plan.seeds == (3, 3)
+    assert plan.seconds > 1
+
+
+def test_a_teacher_that_would_take_the_budget_gets_fewer_labels(tweets):
+    config, data = tweets
+    fewer = labels_that_fit(200.0, FAST, config, data)
+    assert len(fewer.teacher_train) < 10_000
+    assert len(fewer.train) <= len(data.train)
+    few = config.replace(teacher_epochs=2)
+    assert teacher_seconds(few, FAST, fewer) < teacher_seconds(few, FAST, data)
+    assert labels_that_fit(10_000.0, FAST, config, data) is data
+
+
+def test_few_labels_mean_more_epochs_for_the_teacher(tweets):
+    config, data = tweets
+    few = dataclasses.replace(data, teacher_train=data.teacher_train.select(range(64)))
+    assert prepared(config, few).teacher_epochs * 2 >= verdict_runs.TEACHER_STEPS
+    assert prepared(config, data).teacher_epochs == config.teacher_epochs
+    assert prepared(config.replace(teacher_epochs=0), few).teacher_epochs == 0
+
+
+def test_labels_that_only_the_teacher_saw_have_an_arm_of_their_own(tweets):
+    config, data = tweets
+    assert list(arms_of(config, data)) == [BASELINE, SMOOTHED, DISTILLED, MORE]
+    same = dataclasses.replace(data, teacher_train=data.train)
+    assert list(arms_of(config, same)) == [BASELINE, SMOOTHED, DISTILLED]
+
+
+def test_what_is_unfinished():
+    assert still_falls(1.0, 0.9)
+    assert not still_falls(1.0, 0.98)
+    assert not still_falls(1.0, 1.5)
+
+
+def test_steps_are_doubled_until_nothing_falls(small, monkeypatch):
+    losses = iter([[1.0] * 4, [0.8] * 4, [0.79] * 4, [0.1] * 4])
+    queue: list[float] = []
+
+    def made_up(run):
+        if not queue:
+            queue.extend(next(losses))
+        return queue.pop(0)
+
+    monkeypatch.setattr(verdict_runs, "lowest_loss", made_up)
+    plan = Plan(lengths=(2, 4, 6, 8), seeds=(3, 3, 3, 3))
+    runs = run_all(prepare(resolve(small)), plan)
+    assert runs.steps == 6
+    assert runs.unfinished == ()
+    assert list(runs.losses) == [2, 4, 6]
+
+
+# ---- The answers
+
+
+def opened(right: dict[str, list[list[int]]]) -> Opened:
+    """A test split of one class and one other, of which each candidate gets these texts right."""
+    texts = len(next(iter(right.values()))[0])
+    labels = np.arange(texts) % 2
+    classes = {name: np.where(np.array(rows) == 1, labels, 1 - labels) for name, rows in right.items()}
+    return Opened(labels, classes, {})
+
+
+CHOICES = {
+    "candidates": {BASELINE: {}, DISTILLED: {}, TRANSFER: {}},
+    "reference": BASELINE,
+    "student": TRANSFER,
+    "rival": TFIDF,
+}
+
+
+def answers(right: dict[str, list[list[int]]], unfinished=()) -> list[str]:
+    return [entry["answer"] for entry in questions(opened(right), CHOICES, unfinished, "accuracy", 0.01)]
+
+
+def test_a_clear_gain_pays_and_a_student_like_its_teacher_is_close():
+    good, poor = [1] * 2700 + [0] * 300, [1] * 2100 + [0] * 900
+    right = {BASELINE: [poor] * 3, DISTILLED: [good] * 3, TRANSFER: [good] * 3, TFIDF: [poor], TEACHER: [good]}
+    assert answers(right) == [PAYS, PAYS, PAYS, PAYS]
+
+
+def test_few_texts_cannot_tell_and_say_how_many_would():
+    good, poor = [1] * 27 + [0] * 3, [1] * 26 + [0] * 4
+    right = {BASELINE: [poor] * 3, DISTILLED: [good] * 3, TRANSFER: [good] * 3, TFIDF: [poor], TEACHER: [good]}
+    found = questions(opened(right), CHOICES, (), "accuracy", 0.01)
+    assert {entry["answer"] for entry in found} == {CANNOT_TELL}
+    assert all(entry["needed"]["texts"] > 30 for entry in found if entry["question"] != "teacher")
+
+
+def test_what_is_unfinished_is_not_judged():
+    good = [1] * 100
+    right = {BASELINE: [good], DISTILLED: [good], TRANSFER: [good], TFIDF: [good], TEACHER: [good]}
+    assert answers(right, unfinished=(DISTILLED,))[0] == UNFINISHED
+    no_baseline = CHOICES | {"reference": None}
+    found = questions(opened(right), no_baseline, (BASELINE,), "accuracy", 0.01)
+    assert [entry["answer"] for entry in found][:2] == [UNFINISHED, UNFINISHED]
+    assert "estimate" not in found[0]
+
+
+def test_the_first_question_has_wider_intervals_where_it_has_two_parts():
+    good, poor = [1] * 90 + [0] * 10, [1] * 80 + [0] * 20
+    right = {BASELINE: [poor] * 3, DISTILLED: [good] * 3, TRANSFER: [good] * 3, TFIDF: [poor], TEACHER: [good]}
+    levels = [entry["estimate"]["level"] for entry in questions(opened(right), CHOICES, (), "accuracy", 0.01)]
+    assert levels == [0.975, 0.975, 0.95, 0.95]
+
+
+def test_a_class_that_suffers_is_named_even_where_the_whole_gains():
+    """Of the second class the student gets fewer right, of the first more."""
+    first, second = [1] * 300, [0] * 300
+    student = [value for pair in zip(first, second, strict=True) for value in pair]
+    reference = [1 - value if index % 2 == 0 else 1 for index, value in enumerate(student)]
+    found = class_differences(opened({TRANSFER: [student] * 3, BASELINE: [reference] * 3}), TRANSFER, BASELINE, ["a", "b"])
+    assert [row["class"] for row in found] == ["a", "b"]
+    assert found[0]["low"] > 0
+    assert found[1]["high"] < 0
+    assert found[1]["texts"] == 300
+
+
+def test_macro_recall_weights_classes_alike():
+    right = {DISTILLED: [[1, 1] * 50], BASELINE: [[1, 0] * 50]}
+    by_hand = difference(opened(right), DISTILLED, BASELINE, "macro_recall", level=0.95)
+    assert by_hand.gain == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"effect": 1.0}, "effect is 1.0; give a share between 0 and 1: 0.01 is one point."),
+        ({"measure": "f1"}, "measure is 'f1'; choose one of accuracy, macro_recall."),
+        ({"budget": 0.0}, "budget is 0.0; give seconds, more than 0."),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(small, changes, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+        verdict(small, **changes, report=lambda plan: None)
+    assert not (artifacts.artifacts_dir() / "studies").exists()
