@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -43,20 +44,20 @@ from kd_helpers.experiments.verdict_runs import (
     DISTILLED,
     MORE,
     ROUGH,
-    SMOOTHED,
     TRANSFER,
+    UNIFORM,
+    VALIDATION_TEXTS,
     Ground,
     Plan,
     Runs,
     arms_of,
-    labels_that_fit,
     make_plan,
     prepare,
-    prepared,
     run_all,
     stored_speed,
     teacher_seconds,
     verdict_study,
+    within_budget,
 )
 from kd_helpers.metrics import classification_metrics, evaluate, fidelity
 from kd_helpers.models import load_saved
@@ -66,6 +67,8 @@ from kd_helpers.teacher import cached_logits
 TEACHER = "teacher"
 STOPPED = "early_stopped"  # the baseline at its best moment on validation
 COMMONEST, TFIDF = "commonest_class", "tfidf"
+WITHOUT_TEACHER = (BASELINE, STOPPED, UNIFORM)  # the same student, as good as it gets without a teacher's knowledge
+CHEAP = (*WITHOUT_TEACHER, COMMONEST, TFIDF, MORE)  # as cheap to serve as the student, and to make
 BUDGET = 1800.0  # seconds
 EFFECT = 0.01  # the difference that matters, unless somebody says otherwise: one point
 
@@ -90,19 +93,14 @@ def make_rivals(ground: Ground, measure: str) -> dict[str, Rival]:
     labels, texts = np.array(data.train["label"][:]), data.train["text"][:]
     held_out, truth = _texts(data.validation), _labels(data.validation)
     commonest = int(np.bincount(labels).argmax())
-    fitted = [
-        make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=100_000, token_pattern=r"(?u)\b\w+\b"),
-            LogisticRegression(C=strength, max_iter=1000),
-        ).fit(texts, labels)
-        for strength in (1.0, 10.0, 100.0)
-    ]
+    rivals = {COMMONEST: Rival("Commonest class", lambda texts: np.full(len(texts), commonest))}
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=50_000, token_pattern=r"\S+")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a rival need not be fitted to the last digit
+        fitted = [make_pipeline(words, LogisticRegression(C=C, max_iter=200)).fit(texts, labels) for C in (1.0, 10.0)]
     weights = text_weights(truth, measure)
     best = max(fitted, key=lambda model: float(((model.predict(held_out) == truth) * weights).mean()))
-    return {
-        COMMONEST: Rival("Commonest class", lambda texts: np.full(len(texts), commonest)),
-        TFIDF: Rival("TF-IDF and logistic regression", best.predict),
-    }
+    return rivals | {TFIDF: Rival("TF-IDF and logistic regression", best.predict)}
 
 
 # ---- Choices, on validation alone
@@ -129,9 +127,9 @@ def choose(ground: Ground, runs: Runs, rivals: Mapping[str, Rival], measure: str
     """Decide on validation which candidates stand for their kind.
 
     Returns:
-        `candidates` by name, and of them by name `reference` (the student without a teacher), `student` (the distilled
-        one) and `rival` (the best of what is as cheap as a student). An arm that is unfinished is no candidate; where
-        none is left, the name is None.
+        `candidates` by name, and of them by name `student`, the distilled one of which the second and third question
+        are asked, and `reference`, the one without a teacher with which classes are compared. An arm that is unfinished
+        is not chosen; where none is left, the name is None.
     """
     labels = _labels(ground.setup.data.validation)
     weights = text_weights(labels, measure)
@@ -153,12 +151,10 @@ def choose(ground: Ground, runs: Runs, rivals: Mapping[str, Rival], measure: str
         finished = [name for name in names if name in candidates and candidates[name].arm not in runs.unfinished]
         return max(finished, key=lambda name: candidates[name].score, default=None)
 
-    reference = best((BASELINE, STOPPED, SMOOTHED)) if BASELINE not in runs.unfinished else None
     return {
         "candidates": {name: dataclasses.asdict(candidate) for name, candidate in candidates.items()},
-        "reference": reference,
+        "reference": best(WITHOUT_TEACHER),
         "student": best((DISTILLED, TRANSFER)),
-        "rival": best((*rivals, BASELINE, STOPPED, SMOOTHED, MORE)),
     }
 
 
@@ -232,30 +228,40 @@ def difference(opened: Opened, first: str, second: str, measure: str, *, level: 
 
 
 def questions(
-    opened: Opened, choices: Mapping[str, Any], unfinished: Sequence[str], measure: str, effect: float
+    opened: Opened, student: str | None, unfinished: Sequence[str], measure: str, effect: float
 ) -> list[dict[str, Any]]:
     """The three questions and their answers.
 
-    The first has two parts where there are texts without labels; its intervals are widened so that both hold together
-    (Bonferroni).
+    A student must be better than *every* one of those that it is compared with, so the answer is that of the strongest:
+    the one against which the interval begins lowest. The first question has two parts where there are texts without
+    labels; its intervals are widened so that both hold together (Bonferroni).
+
+    Args:
+        opened: the test split.
+        student: of whom the second and the third question are asked; None if no distilled student is finished.
+        unfinished: arms that are not judged.
+        measure, effect: see `verdict`.
 
     Returns:
         For each comparison `question` ("baseline", "teacher" or "rivals"), `student` and `against` (names of
-        candidates), `answer` (of `judgement`), and, unless it is unfinished, `estimate` and `needed`.
+        candidates), and `answer` (of `judgement`); unless it is unfinished `estimate`, and if it cannot tell `needed`.
     """
-    distilled = [name for name in (DISTILLED, TRANSFER) if name in choices["candidates"]]
-    asked = [("baseline", name, choices["reference"], 1 - 0.05 / len(distilled), 0.0, effect) for name in distilled]
-    asked.append(("teacher", choices["student"], TEACHER, 0.95, -effect, -effect))
-    asked.append(("rivals", choices["student"], choices["rival"], 0.95, 0.0, effect))
+    distilled = [name for name in (DISTILLED, TRANSFER) if name in opened.classes]
+    asked = [("baseline", name, WITHOUT_TEACHER, 1 - 0.05 / len(distilled), 0.0, effect) for name in distilled]
+    asked.append(("teacher", student, (TEACHER,), 0.95, -effect, -effect))
+    asked.append(("rivals", student, CHEAP, 0.95, 0.0, effect))
     answers = []
-    for question, student, against, level, above, least in asked:
-        entry = {"question": question, "student": student, "against": against}
-        if student is None or against is None or student in unfinished:
+    for question, asked_of, others, level, above, least in asked:
+        entry = {"question": question, "student": asked_of, "against": None}
+        if asked_of is None or asked_of in unfinished or (BASELINE in unfinished and BASELINE in others):
             answers.append(entry | {"answer": UNFINISHED})
             continue
-        estimate = difference(opened, student, against, measure, level=level)
+        estimates = {
+            name: difference(opened, asked_of, name, measure, level=level) for name in others if name in opened.classes
+        }
+        strongest, estimate = min(estimates.items(), key=lambda item: item[1].low)
         found = answer(estimate, above=above, least=least)
-        entry |= {"answer": found, "estimate": estimate.to_dict()}
+        entry |= {"against": strongest, "answer": found, "estimate": estimate.to_dict()}
         if found == CANNOT_TELL:
             entry["needed"] = needed(estimate, above=above, least=least)
         answers.append(entry)
@@ -424,18 +430,19 @@ def verdict(
     Raises:
         ValueError: a value lies outside its range, or see `resolve`.
     """
-    started = time.perf_counter()
+    require_choice("measure", measure, MEASURES)
+    if not 0 < effect < 1:
+        raise ValueError(f"effect is {effect}; give a share between 0 and 1: 0.01 is one point.")
     if not budget > 0:
         raise ValueError(f"budget is {budget}; give seconds, more than 0.")
-    setup = resolve(config, data)
-    setup = dataclasses.replace(setup, config=prepared(config, setup.data))
+    setup = _with_fewer_validation_texts(resolve(config, data))
     labelled, seconds = len(setup.data.teacher_train), {}
     if plan is None:
         speed = stored_speed(setup)
-        setup = dataclasses.replace(setup, data=labels_that_fit(budget, speed, setup.config, setup.data))
-        setup = dataclasses.replace(setup, config=prepared(config, setup.data))
-        plan = make_plan(budget, speed, setup.config, setup.data)
-        seconds["teacher"] = teacher_seconds(setup.config, speed, setup.data)
+        config, splits = within_budget(budget, speed, setup.config, setup.data)
+        setup = dataclasses.replace(setup, config=config, data=splits)
+        plan = make_plan(budget, speed, config, splits)
+        seconds["teacher"] = teacher_seconds(config, speed, splits)
     report(describe_plan(plan, setup, labelled))
     ground = prepare(setup)
     result, runs = ask(ground, plan, effect=effect, measure=measure)
@@ -446,8 +453,15 @@ def verdict(
         "labelled": labelled,
         "notes": list(setup.data.notes),
         "costs": cost,
-        "seconds": seconds | {"all": time.perf_counter() - started},
+        "seconds": seconds,
     }
+
+
+def _with_fewer_validation_texts(setup: Setup) -> Setup:
+    """At most `VALIDATION_TEXTS` of them; their order is as good as random."""
+    validation = setup.data.validation
+    validation = validation.select(range(min(VALIDATION_TEXTS, len(validation))))
+    return dataclasses.replace(setup, data=dataclasses.replace(setup.data, validation=validation))
 
 
 def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dict[str, Any], Runs]:
@@ -455,9 +469,6 @@ def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dic
 
     Args, returns: see `verdict`; the result lacks what depends on the time that things take. The runs come beside it.
     """
-    require_choice("measure", measure, MEASURES)
-    if not 0 < effect < 1:
-        raise ValueError(f"effect is {effect}; give a share between 0 and 1: 0.01 is one point.")
     config, data = ground.setup.config, ground.setup.data
     runs, rivals = run_all(ground, plan), make_rivals(ground, measure)
     choices = choose(ground, runs, rivals, measure)
@@ -478,7 +489,7 @@ def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dic
         "unfinished": list(runs.unfinished),
         "losses": {str(length): dict(losses) for length, losses in runs.losses.items()},
         "choices": choices,
-        "questions": questions(opened, choices, runs.unfinished, measure, effect),
+        "questions": questions(opened, student, runs.unfinished, measure, effect),
         "table": measures_table(opened, titles),
         "by_class": class_differences(opened, student, reference, data.label_names) if judged else [],
         "tries": tries,

@@ -18,16 +18,18 @@ import datasets
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
-from kd_helpers.experiments.comparison import ARMS, BASELINE, Signal
+from kd_helpers.experiments.comparison import BASELINE, Signal
 from kd_helpers.experiments.study import Arm, Study, run_arm
 from kd_helpers.lean import SeenRows
 from kd_helpers.loop import classifier_loss, fit, recipe
+from kd_helpers.losses import soft_targets
 from kd_helpers.metrics import Predictions, classification_metrics, predict
 from kd_helpers.models import checkpoint_version, load_student, save_model
 from kd_helpers.provenance import made_by
@@ -36,13 +38,14 @@ from kd_helpers.runtime import seed_everything
 from kd_helpers.teacher import TeacherLogits, attach, cached_logits, fine_tuned_teacher
 
 MODULE = "kd_helpers.experiments.verdict_runs"
-SMOOTHED, DISTILLED, TRANSFER, MORE = "label_smoothing", "tuned_teacher", "transfer_set", "more_labels"
+UNIFORM, DISTILLED, TRANSFER, MORE = "uniform_teacher", "tuned_teacher", "transfer_set", "more_labels"
 
 LENGTHS = (60, 125, 250, 500, 1000, 2000, 4000)  # steps that are tried, each about twice the one before
 TRIED = 3  # of them at most
 MOMENTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of a run, as shares of its steps, at which validation is looked at
 FEWEST_SEEDS, MOST_SEEDS = 3, 8
 TEACHER_STEPS = 600  # of fine-tuning at least: a few hundred texts make few steps an epoch
+VALIDATION_TEXTS = 1000  # at most: each run looks at them several times
 TEACHER_SHARE, TRIES_SHARE = 0.4, 0.2  # of the budget, at most: for the teacher, and for what to try next
 FALLS = 0.03  # an arm is unfinished where twice the steps lower its validation loss by more than this share
 ROUGH = 600.0  # seconds; a smaller budget gives a rough answer
@@ -113,17 +116,21 @@ class Ground:
 
 
 def arms_of(config: DistillConfig, data: DataSplits) -> dict[str, Arm]:
-    """The arms that a verdict compares: with the configuration's temperature and alpha, and what the data allows."""
+    """The arms that a verdict compares: with the configuration's temperature and alpha, and what the data allows.
+
+    One teacher gives every class the same probability. Its student has the distilled one's loss without any knowledge:
+    what it gains is regularisation, which is to be had without a teacher.
+    """
     distilled = Signal("tuned", config.temperature, config.alpha)
     arms = {
         BASELINE: Arm("Labels only", Training(Signal())),
-        SMOOTHED: Arm("Labels only, smoothed", Training(ARMS[SMOOTHED].recipe)),
+        UNIFORM: Arm("A teacher that knows nothing", Training(dataclasses.replace(distilled, teacher="uniform"))),
         DISTILLED: Arm("Distilled, same labels", Training(distilled)),
     }
     if len(data.transfer):
         with_transfer = dataclasses.replace(distilled, transfer=True)
         arms[TRANSFER] = Arm("Distilled, with texts without labels", Training(with_transfer))
-    if len(data.teacher_train) > len(data.train):
+    if config.teacher_epochs and len(data.teacher_train) > len(data.train):
         arms[MORE] = Arm("Labels only, all that the teacher saw", Training(Signal(), texts="teacher_train"))
     return arms
 
@@ -131,7 +138,7 @@ def arms_of(config: DistillConfig, data: DataSplits) -> dict[str, Arm]:
 # ---- The plan
 
 
-def prepared(config: DistillConfig, data: DataSplits) -> DistillConfig:
+def with_enough_epochs(config: DistillConfig, data: DataSplits) -> DistillConfig:
     """The configuration with so many epochs of fine-tuning that the teacher makes `TEACHER_STEPS` steps at least."""
     if config.teacher_epochs == 0:
         return config
@@ -157,7 +164,7 @@ def measure_speed(setup: Setup) -> Speed:
         moments: list[float] = []
         fit(
             model,
-            training_batches(attach(few, _uniform(few, data.label_names)), tokenizer, config.batch_size, seed=0),
+            training_batches(attach(few, _uniform([few], data.label_names)), tokenizer, config.batch_size, seed=0),
             classifier_loss(model, temperature=1.0, alpha=1.0),
             steps=9,
             **recipe(config, 9),
@@ -204,15 +211,24 @@ def teacher_seconds(config: DistillConfig, speed: Speed, data: DataSplits) -> fl
     return steps * speed.teacher_step + texts * speed.teacher_text
 
 
-def labels_that_fit(budget: float, speed: Speed, config: DistillConfig, data: DataSplits) -> DataSplits:
-    """The data, with fewer labelled texts for teacher and student where the teacher would take most of the budget."""
-    room = TEACHER_SHARE * budget / max(1e-9, teacher_seconds(config, speed, data))
-    if room >= 1 or config.teacher_epochs == 0:
-        return data
-    fewest = min(len(data.teacher_train), DistillConfig.batch_size * TEACHER_STEPS // config.teacher_epochs)
-    kept = max(fewest, int(room * len(data.teacher_train)))
+def within_budget(
+    budget: float, speed: Speed, config: DistillConfig, data: DataSplits
+) -> tuple[DistillConfig, DataSplits]:
+    """The teacher's epochs and the labelled texts of teacher and student, such that time is left for the students.
+
+    Where `with_enough_epochs` asks for more than `TEACHER_SHARE` of the budget, the teacher first gets fewer epochs,
+    but not fewer than `config` says, and then fewer texts.
+    """
+    enough = with_enough_epochs(config, data)
+    affordable = TEACHER_SHARE * budget / teacher_seconds(enough, speed, data) if enough.teacher_epochs else math.inf
+    if affordable >= 1:
+        return enough, data
+    epochs = max(config.teacher_epochs, math.floor(affordable * enough.teacher_epochs))
+    share = min(1.0, affordable * enough.teacher_epochs / epochs)
+    kept = max(DistillConfig.batch_size, round(share * len(data.teacher_train)))
     train = data.train.select(range(min(kept, len(data.train))))
-    return dataclasses.replace(data, teacher_train=data.teacher_train.select(range(kept)), train=train)
+    teacher_train = data.teacher_train.select(range(min(kept, len(data.teacher_train))))
+    return config.replace(teacher_epochs=epochs), dataclasses.replace(data, teacher_train=teacher_train, train=train)
 
 
 def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSplits) -> Plan:
@@ -298,7 +314,7 @@ def train_arm(ground: Ground, steps: int, training: Training, seed: int, folder:
             `last` step and at the `best` of the moments (see `_Watch`). With seed 0 it also gets the student.
 
     Returns:
-        `history` (measures on validation at each moment) and `seconds`.
+        `history` (measures and `loss` on validation at each moment, see `validation_loss`) and `seconds`.
     """
     setup, signal = ground.setup, training.signal
     config, tokenizer = setup.config.replace(seed=seed, max_steps=steps), setup.tokenizers.student
@@ -308,14 +324,16 @@ def train_arm(ground: Ground, steps: int, training: Training, seed: int, folder:
         transfer = ground.splits["transfer"]
         transfer = transfer.select(range(max(1, round(training.share * len(transfer)))))
         texts = datasets.concatenate_datasets([texts, transfer])
-    if signal.teacher == "uniform":
-        texts = attach(texts, _uniform(texts, setup.data.label_names))
-    elif signal.teacher == "tuned":
-        texts = attach(texts, ground.teacher)
+    held_out = ground.splits["validation"]
+    teacher = {"none": None, "tuned": ground.teacher, "uniform": _uniform([texts, held_out], setup.data.label_names)}
+    teacher_logits = teacher[signal.teacher]
+    if teacher_logits is not None:
+        texts = attach(texts, teacher_logits)
     validation, test = (evaluation_batches(ground.splits[name], tokenizer) for name in ("validation", "test"))
     seed_everything(seed)
     student = load_student(config, setup.data.label_names, tokenizer).to(setup.device)
-    watch = _Watch(student, functools.partial(predict, student, validation, setup.precision), steps)
+    predicted = functools.partial(predict, student, validation, setup.precision)
+    watch = _Watch(student, predicted, functools.partial(validation_loss, signal, teacher_logits), steps)
     fit(
         student,
         training_batches(texts, tokenizer, config.batch_size, seed=seed),
@@ -337,11 +355,31 @@ def train_arm(ground: Ground, steps: int, training: Training, seed: int, folder:
     return {"history": watch.history, "seconds": time.perf_counter() - started}
 
 
+def validation_loss(signal: Signal, teacher_logits: TeacherLogits | None, found: Predictions) -> float:
+    """The loss that an arm is trained with, on validation, with cross-entropy in place of KL.
+
+    The two differ by the entropy of the soft targets, which no student changes. Beside it, a change of a loss that is
+    all but zero does not look large.
+    """
+    hard = F.cross_entropy(found.logits, found.labels)
+    if teacher_logits is None:
+        return hard.item()
+    targets = soft_targets(teacher_logits.lookup(found.ids), signal.temperature)
+    soft = signal.temperature**2 * F.cross_entropy(found.logits / signal.temperature, targets)
+    return (signal.alpha * soft + (1 - signal.alpha) * hard).item()
+
+
 class _Watch:
     """Looks at validation at a few moments of a run, and keeps the weights of the best: by accuracy, then by NLL."""
 
-    def __init__(self, student: PreTrainedModel, predicted: Callable[[], Predictions], steps: int) -> None:
-        self.student, self.predicted = student, predicted
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        predicted: Callable[[], Predictions],
+        loss: Callable[[Predictions], float],
+        steps: int,
+    ) -> None:
+        self.student, self.predicted, self.loss = student, predicted, loss
         self.moments = {max(1, round(share * steps)) for share in MOMENTS}
         self.history: list[dict[str, float]] = []
         self.weights: dict[str, torch.Tensor] = {}
@@ -354,7 +392,7 @@ class _Watch:
             return
         found = self.predicted()
         measures = classification_metrics(found.logits, found.labels)
-        self.history.append({"step": step, **measures})
+        self.history.append({"step": step, "loss": self.loss(found), **measures})
         self.logits["last"] = found.logits
         value = (measures["accuracy"], -measures["nll"])
         if value > self.best:
@@ -372,9 +410,9 @@ def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def _uniform(texts: datasets.Dataset, label_names: Sequence[str]) -> TeacherLogits:
+def _uniform(texts: Sequence[datasets.Dataset], label_names: Sequence[str]) -> TeacherLogits:
     """The logits of a teacher that gives every class the same probability."""
-    ids = torch.tensor(texts["id"][:])
+    ids = torch.tensor([number for part in texts for number in part["id"][:]])
     return TeacherLogits(ids, torch.zeros(len(ids), len(label_names)))
 
 
@@ -388,7 +426,7 @@ class Runs:
         runs: of each arm, one for each seed (see `study.run_arm`).
         unfinished: arms that twice the steps still improve: at the length before this one they were worse by more than
             `FALLS`.
-        losses: validation loss (the lowest of each run) of the first seed, by length and arm.
+        losses: the lowest `validation_loss` of the first seed, by length and arm.
     """
 
     steps: int
@@ -399,8 +437,8 @@ class Runs:
 
 
 def lowest_loss(run: Mapping[str, Any]) -> float:
-    """The lowest NLL on validation among a run's moments, in nats."""
-    return min(moment["nll"] for moment in run["history"])
+    """The lowest loss on validation among a run's moments."""
+    return min(moment["loss"] for moment in run["history"])
 
 
 def still_falls(shorter: float, longer: float) -> bool:

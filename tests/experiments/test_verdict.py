@@ -20,7 +20,7 @@ from kd_helpers.data import load_splits, tokenize, training_batches
 from kd_helpers.experiments import verdict as verdicts
 from kd_helpers.experiments import verdict_runs
 from kd_helpers.experiments.comparison import BASELINE
-from kd_helpers.experiments.judgement import CANNOT_TELL, PAYS, UNFINISHED
+from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, PAYS, UNFINISHED
 from kd_helpers.experiments.verdict import (
     COMMONEST,
     STOPPED,
@@ -37,19 +37,19 @@ from kd_helpers.experiments.verdict_runs import (
     DISTILLED,
     LENGTHS,
     MORE,
-    SMOOTHED,
     TRANSFER,
+    UNIFORM,
     Plan,
     Speed,
     arms_of,
-    labels_that_fit,
     make_plan,
     prepare,
-    prepared,
     run_all,
     still_falls,
     teacher_seconds,
     whole_weights,
+    with_enough_epochs,
+    within_budget,
 )
 from kd_helpers.lean import lean_training
 from kd_helpers.metrics import classification_metrics, predict
@@ -80,15 +80,15 @@ def small(tmp_path, own_artifacts, tokenizer) -> DistillConfig:
     return tiny_config(tmp_path, tokenizer, labels=names, data=data, train_size=60, teacher_train_size=60)
 
 
-@pytest.fixture
-def whole(small) -> dict:
-    return verdict(small, plan=PLAN, report=lambda plan: None)
-
-
-def test_a_verdict_has_every_part(whole):
-    names = {BASELINE, SMOOTHED, DISTILLED, TRANSFER, STOPPED, COMMONEST, TFIDF}
+def test_a_verdict_has_every_part_and_the_same_again_trains_nothing(small, monkeypatch):
+    whole = verdict(small, plan=PLAN, report=lambda plan: None)
+    names = {BASELINE, UNIFORM, DISTILLED, TRANSFER, STOPPED, COMMONEST, TFIDF}
     assert set(whole["choices"]["candidates"]) == names
-    assert {row["name"] for row in whole["table"]} == names | {TEACHER}
+    by_name = {row["name"]: row for row in whole["table"]}
+    assert by_name.keys() == names | {TEACHER}
+    assert by_name[TFIDF]["accuracy"] == 1.0, "the words tell the classes apart"
+    assert by_name[COMMONEST]["accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert "nll" not in by_name[TFIDF]
     assert [entry["question"] for entry in whole["questions"]] == ["baseline", "baseline", "teacher", "rivals"]
     assert {row["model"] for row in whole["costs"]} == {"teacher", "student"}
     assert whole["sizes"]["transfer"]["all"] == 40
@@ -96,20 +96,7 @@ def test_a_verdict_has_every_part(whole):
     assert whole["seeds"] == 3
     assert whole["steps"] in PLAN.lengths
 
-
-def test_words_alone_are_enough_here_and_the_table_says_so(whole):
-    by_name = {row["name"]: row for row in whole["table"]}
-    assert by_name[TFIDF]["accuracy"] == 1.0
-    assert by_name[COMMONEST]["accuracy"] == pytest.approx(0.5, abs=0.05)
-    assert "nll" not in by_name[TFIDF]
-
-
-def test_the_same_verdict_again_trains_nothing(small, whole, monkeypatch):
-    def refuse(*arguments, **options):
-        raise AssertionError("a run was made again")
-
-    monkeypatch.setattr(verdict_runs, "train_arm", refuse)
-    monkeypatch.setattr(verdict_runs, "fit", refuse)
+    monkeypatch.setattr(verdict_runs, "fit", None)
     again = verdict(small, plan=PLAN, report=lambda plan: None)
     assert {key: again[key] for key in ("questions", "table", "choices")} == {
         key: whole[key] for key in ("questions", "table", "choices")
@@ -141,9 +128,9 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_texts(small):
     """With alpha 0 a distilled student is the baseline, to the last bit."""
     ground = prepare(resolve(small.replace(alpha=0.0)))
     runs = run_all(ground, PLAN)
-    of = {arm: verdicts._logits(runs, arm, "last", "validation") for arm in (BASELINE, DISTILLED, SMOOTHED)}
+    of = {arm: verdicts._logits(runs, arm, "last", "validation") for arm in (BASELINE, DISTILLED, TRANSFER)}
     np.testing.assert_array_equal(of[BASELINE], of[DISTILLED])
-    assert np.abs(of[BASELINE] - of[SMOOTHED]).max() > 0
+    assert np.abs(of[BASELINE] - of[TRANSFER]).max() > 0
     assert np.abs(of[BASELINE][0] - of[BASELINE][1]).max() > 0
 
 
@@ -208,29 +195,33 @@ def test_a_budget_that_is_too_small_gives_the_smallest_plan(tweets):
     assert plan.seconds > 1
 
 
-def test_a_teacher_that_would_take_the_budget_gets_fewer_labels(tweets):
+def test_a_teacher_that_would_take_the_budget_gets_fewer_epochs_and_then_fewer_labels(tweets):
     config, data = tweets
-    fewer = labels_that_fit(200.0, FAST, config, data)
+    few = dataclasses.replace(data, teacher_train=data.teacher_train.select(range(320)))
+    enough = with_enough_epochs(config, few)
+    fewer_epochs, same = within_budget(150.0, FAST, config, few)
+    assert config.teacher_epochs < fewer_epochs.teacher_epochs < enough.teacher_epochs
+    assert len(same.teacher_train) == 320
+    same_epochs, fewer = within_budget(200.0, FAST, config, data)
+    assert same_epochs.teacher_epochs == config.teacher_epochs
     assert len(fewer.teacher_train) < 10_000
-    assert len(fewer.train) <= len(data.train)
-    few = config.replace(teacher_epochs=2)
-    assert teacher_seconds(few, FAST, fewer) < teacher_seconds(few, FAST, data)
-    assert labels_that_fit(10_000.0, FAST, config, data) is data
+    assert teacher_seconds(same_epochs, FAST, fewer) < 0.6 * 200
+    assert within_budget(10_000.0, FAST, config, data) == (config, data)
 
 
 def test_few_labels_mean_more_epochs_for_the_teacher(tweets):
     config, data = tweets
     few = dataclasses.replace(data, teacher_train=data.teacher_train.select(range(64)))
-    assert prepared(config, few).teacher_epochs * 2 >= verdict_runs.TEACHER_STEPS
-    assert prepared(config, data).teacher_epochs == config.teacher_epochs
-    assert prepared(config.replace(teacher_epochs=0), few).teacher_epochs == 0
+    assert with_enough_epochs(config, few).teacher_epochs * 2 >= verdict_runs.TEACHER_STEPS
+    assert with_enough_epochs(config, data).teacher_epochs == config.teacher_epochs
+    assert with_enough_epochs(config.replace(teacher_epochs=0), few).teacher_epochs == 0
 
 
 def test_labels_that_only_the_teacher_saw_have_an_arm_of_their_own(tweets):
     config, data = tweets
-    assert list(arms_of(config, data)) == [BASELINE, SMOOTHED, DISTILLED, MORE]
+    assert list(arms_of(config, data)) == [BASELINE, UNIFORM, DISTILLED, MORE]
     same = dataclasses.replace(data, teacher_train=data.train)
-    assert list(arms_of(config, same)) == [BASELINE, SMOOTHED, DISTILLED]
+    assert list(arms_of(config, same)) == [BASELINE, UNIFORM, DISTILLED]
 
 
 def test_what_is_unfinished():
@@ -267,16 +258,8 @@ def opened(right: dict[str, list[list[int]]]) -> Opened:
     return Opened(labels, classes, {})
 
 
-CHOICES = {
-    "candidates": {BASELINE: {}, DISTILLED: {}, TRANSFER: {}},
-    "reference": BASELINE,
-    "student": TRANSFER,
-    "rival": TFIDF,
-}
-
-
 def answers(right: dict[str, list[list[int]]], unfinished=()) -> list[str]:
-    return [entry["answer"] for entry in questions(opened(right), CHOICES, unfinished, "accuracy", 0.01)]
+    return [entry["answer"] for entry in questions(opened(right), TRANSFER, unfinished, "accuracy", 0.01)]
 
 
 def test_a_clear_gain_pays_and_a_student_like_its_teacher_is_close():
@@ -288,7 +271,7 @@ def test_a_clear_gain_pays_and_a_student_like_its_teacher_is_close():
 def test_few_texts_cannot_tell_and_say_how_many_would():
     good, poor = [1] * 27 + [0] * 3, [1] * 26 + [0] * 4
     right = {BASELINE: [poor] * 3, DISTILLED: [good] * 3, TRANSFER: [good] * 3, TFIDF: [poor], TEACHER: [good]}
-    found = questions(opened(right), CHOICES, (), "accuracy", 0.01)
+    found = questions(opened(right), TRANSFER, (), "accuracy", 0.01)
     assert {entry["answer"] for entry in found} == {CANNOT_TELL}
     assert all(entry["needed"]["texts"] > 30 for entry in found if entry["question"] != "teacher")
 
@@ -297,16 +280,26 @@ def test_what_is_unfinished_is_not_judged():
     good = [1] * 100
     right = {BASELINE: [good], DISTILLED: [good], TRANSFER: [good], TFIDF: [good], TEACHER: [good]}
     assert answers(right, unfinished=(DISTILLED,))[0] == UNFINISHED
-    no_baseline = CHOICES | {"reference": None}
-    found = questions(opened(right), no_baseline, (BASELINE,), "accuracy", 0.01)
-    assert [entry["answer"] for entry in found][:2] == [UNFINISHED, UNFINISHED]
+    found = questions(opened(right), TRANSFER, (BASELINE,), "accuracy", 0.01)
+    assert [entry["answer"] == UNFINISHED for entry in found] == [True, True, False, True]
     assert "estimate" not in found[0]
+    nobody = questions(opened(right), None, (DISTILLED, TRANSFER), "accuracy", 0.01)
+    assert {entry["answer"] for entry in nobody} == {UNFINISHED}
+
+
+def test_a_student_must_beat_every_student_without_a_teacher():
+    """It is better than the baseline, but no better than one whose teacher knows nothing."""
+    good, poor = [1] * 2700 + [0] * 300, [1] * 2100 + [0] * 900
+    right = {BASELINE: [poor] * 3, UNIFORM: [good] * 3, DISTILLED: [good] * 3, TEACHER: [good]}
+    found = questions(opened(right), DISTILLED, (), "accuracy", 0.01)
+    assert found[0]["against"] == UNIFORM
+    assert [entry["answer"] for entry in found] == [DOES_NOT_PAY, PAYS, DOES_NOT_PAY]
 
 
 def test_the_first_question_has_wider_intervals_where_it_has_two_parts():
     good, poor = [1] * 90 + [0] * 10, [1] * 80 + [0] * 20
     right = {BASELINE: [poor] * 3, DISTILLED: [good] * 3, TRANSFER: [good] * 3, TFIDF: [poor], TEACHER: [good]}
-    levels = [entry["estimate"]["level"] for entry in questions(opened(right), CHOICES, (), "accuracy", 0.01)]
+    levels = [entry["estimate"]["level"] for entry in questions(opened(right), TRANSFER, (), "accuracy", 0.01)]
     assert levels == [0.975, 0.975, 0.95, 0.95]
 
 
@@ -315,7 +308,9 @@ def test_a_class_that_suffers_is_named_even_where_the_whole_gains():
     first, second = [1] * 300, [0] * 300
     student = [value for pair in zip(first, second, strict=True) for value in pair]
     reference = [1 - value if index % 2 == 0 else 1 for index, value in enumerate(student)]
-    found = class_differences(opened({TRANSFER: [student] * 3, BASELINE: [reference] * 3}), TRANSFER, BASELINE, ["a", "b"])
+    found = class_differences(
+        opened({TRANSFER: [student] * 3, BASELINE: [reference] * 3}), TRANSFER, BASELINE, ["a", "b"]
+    )
     assert [row["class"] for row in found] == ["a", "b"]
     assert found[0]["low"] > 0
     assert found[1]["high"] < 0
