@@ -27,8 +27,7 @@ from kd_helpers.experiments.environment import environment
 from kd_helpers.experiments.judgement import PAYS
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
 from kd_helpers.experiments.verdict import EFFECT, ask
-from kd_helpers.experiments.verdict_runs import Plan, prepare
-from kd_helpers.losses import IGNORE_INDEX
+from kd_helpers.experiments.verdict_runs import FEWEST_SEEDS, Plan, prepare
 from kd_helpers.models import checkpoint_version, copy_layers, load_classifier, load_tokenizer, save_model
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import resolve
@@ -42,7 +41,7 @@ PACKAGED = {
 }
 TEXTS = ("tweets", *PACKAGED)  # one after the other, seed after seed
 SEEDS = tuple(range(20))
-CONFIG = DistillConfig(max_length=16, batch_size=16, learning_rate=5e-4)
+CONFIG = DistillConfig(max_length=16, batch_size=16, learning_rate=1e-3)
 LAYERS = (0,)  # of the teacher, which the students have: the smallest that learns, so that many verdicts can be made
 TEACHER_LABELS = 10_000  # the tweets that the course's teacher was fine-tuned on; those of the student are among them
 SHUFFLED_EPOCHS = 3
@@ -57,7 +56,6 @@ class Case:
             "tuned" was fine-tuned as in the course.
         texts: "all" takes one of `TEXTS` after the other, else the name of one.
         labels: labelled texts of the student.
-        transfer: texts without labels.
         validation, test: held-out texts.
         lengths: steps that are tried.
     """
@@ -65,18 +63,15 @@ class Case:
     teacher: str
     texts: str
     labels: int
-    transfer: int
     validation: int
     test: int
     lengths: tuple[int, int]
 
 
 ARMS: dict[str, Arm] = {
-    "random_head": Arm("A teacher with a random head", Case("random head", "all", 500, 500, 500, 1000, (125, 250))),
-    "shuffled_labels": Arm(
-        "A teacher of shuffled labels", Case("shuffled labels", "all", 500, 500, 500, 1000, (125, 250))
-    ),
-    "tuned": Arm("The tweets' own teacher", Case("tuned", "tweets", 2500, 0, 1000, 3000, (250, 500))),
+    "random_head": Arm("A teacher with a random head", Case("random head", "all", 500, 500, 1000, (125, 250))),
+    "shuffled_labels": Arm("A teacher of shuffled labels", Case("shuffled labels", "all", 500, 500, 1000, (125, 250))),
+    "tuned": Arm("The tweets' own teacher", Case("tuned", "tweets", 2500, 1000, 3000, (250, 500))),
 }
 IGNORANT = ("random_head", "shuffled_labels")
 
@@ -105,19 +100,15 @@ def all_texts(name: str) -> DataSplits:
 def draw(whole: DataSplits, case: Case, seed: int) -> DataSplits:
     """The texts of one verdict: labelled and held-out ones drawn by the seed.
 
-    A tuned teacher has read the first texts of the pool; the student's labelled texts are drawn from these, those
-    without labels from the others.
+    A tuned teacher has read the first texts of the pool, from which the student's are drawn then.
     """
     rng = np.random.default_rng(seed)
     seen = TEACHER_LABELS if case.teacher == "tuned" else len(whole.train)
-    order = rng.permutation(seen)
-    others = rng.permutation(np.arange(seen, len(whole.train))) if case.teacher == "tuned" else order[case.labels :]
-    train = whole.train.select(order[: case.labels])
+    train = whole.train.select(rng.permutation(seen)[: case.labels])
     shuffled = rng.permutation(np.array(train["label"][:])).tolist()
     return dataclasses.replace(
         whole,
         train=train,
-        transfer=_labelled(whole.train.select(others[: case.transfer]), [IGNORE_INDEX] * case.transfer),
         teacher_train=whole.teacher_train if case.teacher == "tuned" else _labelled(train, shuffled),
         validation=whole.validation.select(rng.permutation(len(whole.validation))[: case.validation]),
         test=whole.test.select(rng.permutation(len(whole.test))[: case.test]),
@@ -138,14 +129,14 @@ def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
     """
     name = TEXTS[seed % len(TEXTS)] if case.texts == "all" else case.texts
     epochs = {"random head": 0, "shuffled labels": SHUFFLED_EPOCHS, "tuned": CONFIG.teacher_epochs}[case.teacher]
-    config = CONFIG.replace(teacher_epochs=epochs, train_size=case.labels, transfer_size=case.transfer)
+    config = CONFIG.replace(teacher_epochs=epochs, train_size=case.labels)
     config = config.replace(student_checkpoint=str(small_student()))
     with contextlib.nullcontext() if case.teacher == "tuned" else _artifacts_of_its_own():
         ground = prepare(resolve(config, draw(all_texts(name), case, seed)))
         # Once the teacher has learned, no arm shall read the labels that it saw beyond those of the student.
         data = dataclasses.replace(ground.setup.data, teacher_train=ground.setup.data.train)
         ground = dataclasses.replace(ground, setup=dataclasses.replace(ground.setup, data=data), keep_student=False)
-        result, _ = ask(ground, Plan(case.lengths, (3, 3)), effect=EFFECT, measure="accuracy")
+        result, _ = ask(ground, Plan(case.lengths, (FEWEST_SEEDS, FEWEST_SEEDS)), effect=EFFECT, measure="accuracy")
     asked = [entry for entry in result["questions"] if entry["question"] != "teacher"]
     return {
         "texts": name,
