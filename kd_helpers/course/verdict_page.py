@@ -291,9 +291,9 @@ def break_even(result: Mapping[str, Any]) -> str:
     by_model = {row["model"]: row for row in result["costs"] if row["way"] == "torch"}
     saved = 1 / by_model["teacher"]["texts_per_second"] - 1 / by_model["student"]["texts_per_second"]
     seconds = result["seconds"]
-    training = seconds["student"] + (seconds["teacher"] or 0.0)
+    training = sum(seconds.values())
     times = f"Training took about {_minutes(seconds['student'])} for a student"
-    times += f" and {_minutes(seconds['teacher'])} for the teacher and its logits." if seconds["teacher"] else "."
+    times += f" and {_minutes(seconds['teacher'])} for the teacher and its logits." if "teacher" in seconds else "."
     if saved <= 0:
         return f"{times} The student is not faster than its teacher here, so the time is never paid back."
     return f"{times} In batches, the student has paid that back after about {_rounded(training / saved):,} texts."
@@ -471,14 +471,16 @@ def seconds_of(text: str) -> float:
 
 
 OPTIONS = (
-    *("text_column", "label_column", "validation_data", "test_data", "preset", "teacher_checkpoint"),
-    *("student_checkpoint", "transfer_size", "temperature", "alpha", "learning_rate", "batch_size", "max_length"),
+    *("text_column", "label_column", "validation_data", "test_data", "transfer_size"),
+    *("preset", "teacher_checkpoint", "teacher_epochs", "student_checkpoint"),
+    *("temperature", "alpha", "learning_rate", "batch_size", "max_length"),
 )
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
+        usage="%(prog)s [data] [options]",
         description="Ask whether distillation pays on your texts: a plan within a time budget, students with and "
         "without a teacher over several seeds, cheap rivals beside them, and one page with the answer. The same "
         "command continues an interrupted verdict.",
@@ -501,6 +503,36 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def ask_for_page(
+    config: DistillConfig, budget: str, out: Path, *, effect: float = EFFECT, measure: str = MEASURES[0]
+) -> str:
+    """Ask for a verdict, say its plan, and write its page into a folder.
+
+    Args:
+        config: see `verdict`.
+        budget: the time that it may take, such as "30m".
+        out: the folder.
+        effect, measure: see `verdict`.
+
+    Returns:
+        The verdict in one sentence and the table of its answers, as Markdown.
+
+    Raises:
+        ValueError: the budget is no time, the folder is a file, or see `verdict`.
+    """
+    seconds = seconds_of(budget)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a folder for the page.")
+    source = Path(config.data).name if config.data else PRESETS[config.preset].data
+
+    def report(plan: str) -> None:
+        print(f"The plan for {source}\n{plan}\n", flush=True)
+
+    result = verdict(config, budget=seconds, effect=effect, measure=measure, report=report)
+    write_page(result, source, out)
+    return f"{headline(result)}\n\n{answers_table(result)}"
+
+
 def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers verdict") -> int:
     """Ask for a verdict and write its page.
 
@@ -510,22 +542,15 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers verd
     parser = _parser(prog)
     chosen = parser.parse_args(arguments)
     try:
-        budget = seconds_of(chosen.budget)
         sizes = {}
         if chosen.labels is not None or chosen.data:
-            sizes = dict.fromkeys(("train_size", "teacher_train_size"), chosen.labels or ALL_LABELS)
+            labels = ALL_LABELS if chosen.labels is None else chosen.labels
+            sizes = dict.fromkeys(("train_size", "teacher_train_size"), labels)
         config = DistillConfig(data=chosen.data, **sizes, **{name: getattr(chosen, name) for name in OPTIONS})
-        source = Path(chosen.data).name if chosen.data else PRESETS[config.preset].data
-        out = Path(expanded(chosen.out or artifacts.artifacts_dir() / "verdicts" / Path(source).stem, "--out"))
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file; choose a folder for --out.")
-        result = verdict(config, budget=budget, effect=chosen.effect / 100, measure=chosen.measure, report=_report_plan)
+        name = Path(config.data or config.preset).stem
+        out = Path(expanded(chosen.out or artifacts.artifacts_dir() / "verdicts" / name, "--out"))
+        answers = ask_for_page(config, chosen.budget, out, effect=chosen.effect / 100, measure=chosen.measure)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    write_page(result, source, out)
-    print(f"\n{headline(result).replace('**', '')}\n\nThe page: {out / 'verdict.html'}")
+    print(f"\n{answers.partition('|')[0].replace('**', '').strip()}\n\nThe page: {out / 'verdict.html'}")
     return 0
-
-
-def _report_plan(plan: str) -> None:
-    print(f"The plan\n{plan}\n", flush=True)

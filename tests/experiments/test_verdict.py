@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from support.models import tiny_bert
-from support.runs import tiny_config
+from support.own_texts import own_config
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
@@ -55,29 +52,13 @@ from kd_helpers.lean import lean_training
 from kd_helpers.metrics import classification_metrics, predict
 from kd_helpers.resolve import resolve
 
-WORDS = {"calm": ("rain", "moss", "lake", "dusk"), "loud": ("drum", "horn", "siren", "crowd")}
 PLAN = Plan(lengths=(4, 8), seeds=(3, 3))
-
-
-def write_texts(path: Path, *, labelled: int = 160, unlabelled: int = 40) -> str:
-    """Texts of two classes by their words; the words of every text differ."""
-    draw = random.Random(0)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["text", "label"])
-        for number in range(labelled + unlabelled):
-            name = ("calm", "loud")[number % 2]
-            words = [draw.choice(WORDS[name]) for _ in range(4)] + [str(number)]
-            rows.writerow([" ".join(words), name if number < labelled else ""])
-    return str(path)
 
 
 @pytest.fixture
 def small(tmp_path, own_artifacts, tokenizer) -> DistillConfig:
     """Two classes, tiny models."""
-    data = write_texts(tmp_path / "texts.csv")
-    names = {0: "calm", 1: "loud"}
-    return tiny_config(tmp_path, tokenizer, labels=names, data=data, train_size=60, teacher_train_size=60)
+    return own_config(tmp_path, tokenizer)
 
 
 def test_a_verdict_has_every_part_and_the_same_again_trains_nothing(small, monkeypatch):

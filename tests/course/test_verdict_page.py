@@ -1,0 +1,212 @@
+"""The page of a verdict, and the command that writes it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support.own_texts import own_config
+
+from kd_helpers import artifacts
+from kd_helpers.course import verdict_page
+from kd_helpers.course.verdict_page import (
+    break_even,
+    classes_table,
+    headline,
+    interval,
+    main,
+    models_table,
+    next_steps,
+    seconds_of,
+    write_page,
+)
+from kd_helpers.experiments.comparison import BASELINE
+from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, PAYS, UNFINISHED
+from kd_helpers.experiments.verdict import TEACHER, verdict
+from kd_helpers.experiments.verdict_runs import DISTILLED, TRANSFER, Plan
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tokenizer) -> dict:
+    """A small verdict, with everything that a page shows."""
+    folder = tmp_path_factory.mktemp("verdict")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KD_ARTIFACTS", str(folder / "artifacts"))
+        patch.setattr("kd_helpers.experiments.verdict.costs", made_up_costs)
+        plan = Plan(lengths=(2, 4), seeds=(4, 4), tries=True)
+        result = verdict(own_config(folder, tokenizer), plan=plan, report=lambda plan: None)
+    return json.loads(json.dumps(result))
+
+
+def made_up_costs(ground, runs, student, *, eight_bits):
+    rows = [("teacher", "torch", 100.0), ("student", "torch", 400.0), ("student", "int8", 1000.0)]
+    shared = {"megabytes": 1.0, "latency_p50_ms": 2.0}
+    return [{"model": m, "way": way, "texts_per_second": speed, "accuracy": 0.5} | shared for m, way, speed in rows]
+
+
+@pytest.fixture
+def result(made) -> dict:
+    """The same, to be changed."""
+    return copy.deepcopy(made)
+
+
+def judged(result: dict, *answers: str) -> dict:
+    """The result with these answers, to the two parts of the first question and to the others."""
+    estimate = {"gain": 0.046, "low": 0.031, "high": 0.06, "level": 0.95}
+    entries = []
+    for (question, student), found in zip(
+        (("baseline", DISTILLED), ("baseline", TRANSFER), ("teacher", TRANSFER), ("rivals", TRANSFER)),
+        answers,
+        strict=True,
+    ):
+        entry = {"question": question, "student": student, "against": BASELINE, "answer": found}
+        if found != UNFINISHED:
+            entry["estimate"] = estimate | {"gain": estimate["gain"] + (student == TRANSFER) / 100}
+        if found == CANNOT_TELL:
+            entry["needed"] = {"seeds": None, "texts": 3456}
+        entries.append(entry)
+    return result | {"questions": entries}
+
+
+def test_the_verdict_in_one_sentence(result):
+    assert headline(judged(result, CANNOT_TELL, PAYS, DOES_NOT_PAY, CANNOT_TELL)) == (
+        "Distillation **pays** against the same student without a teacher by +5.6 (+3.1 to +6.0) points; the student "
+        "**is not close enough** to its teacher: +5.6 (+3.1 to +6.0) points; these texts **cannot tell** whether it "
+        "pays against the cheap rivals."
+    )
+    assert headline(judged(result, DOES_NOT_PAY, UNFINISHED, UNFINISHED, UNFINISHED)).startswith("Whether distillation")
+
+
+def test_the_first_question_is_answered_by_its_better_part(result):
+    for parts, expected in (
+        ((PAYS, DOES_NOT_PAY), PAYS),
+        ((DOES_NOT_PAY, CANNOT_TELL), CANNOT_TELL),
+        ((DOES_NOT_PAY, DOES_NOT_PAY), DOES_NOT_PAY),
+    ):
+        found = judged(result, *parts, PAYS, PAYS)
+        assert verdict_page.of_question(found, "baseline")["answer"] == expected
+
+
+def test_what_would_decide_is_said_in_test_texts_and_in_labelled_texts(result):
+    said = "\n".join(next_steps(judged(result, CANNOT_TELL, PAYS, PAYS, PAYS)))
+    assert "about 3,500 test texts (17,000 labelled texts in all) would do" in said
+
+
+def test_an_unfinished_arm_is_named_and_the_budget_is_the_remedy(result):
+    result["unfinished"] = [DISTILLED]
+    said = next_steps(result)[0]
+    assert "Distilled, same labels" in said
+    assert "larger budget" in said
+    assert "Distilled, same labels (unfinished)" in models_table(result)
+
+
+def test_a_teacher_that_is_no_better_than_the_student_is_the_first_thing_to_change(result):
+    for row in result["table"]:
+        row["accuracy"] = 0.6 if row["name"] == TEACHER else 0.7
+    assert any("A better teacher first" in one for one in next_steps(result))
+    for row in result["table"]:
+        row["accuracy"] = 0.8 if row["name"] == TEACHER else 0.7
+    assert not any("A better teacher first" in one for one in next_steps(result))
+
+
+def test_settings_are_advised_only_where_they_are_shown_to_be_better(result):
+    tried = {"temperature": 4.0, "alpha": 0.9, "gain": 0.02, "low": -0.01, "high": 0.05}
+    result["tries"]["settings"] = [tried]
+    assert any("Stay with T 2 and alpha 0.9" in one for one in next_steps(result))
+    result["tries"]["settings"] = [tried | {"low": 0.01}]
+    assert any("T 4 with alpha 0.9 was better" in one and "try it" in one for one in next_steps(result))
+
+
+def test_a_class_that_suffers_is_named_whatever_its_name_holds(result):
+    row = {"class": "a|*b*", "texts": 9, "student": 0.2, "reference": 0.5, "gain": -0.3, "low": -0.5, "high": -0.1}
+    result["by_class"] = [row]
+    assert any(r"the class a\|\*b\*" in one for one in next_steps(result))
+    assert r"| a\|\*b\* | 9 | 50.0% | 20.0% | −30.0 (−50.0 to −10.0) |" in classes_table(result)
+
+
+def test_break_even_is_the_training_time_over_the_time_that_a_text_saves(result):
+    result["seconds"] = {"student": 30.0, "teacher": 45.0}
+    assert "after about 10,000 texts" in break_even(result), "75 s over 1/100 − 1/400 s a text"
+    for row in result["costs"]:
+        row["texts_per_second"] = 100.0
+    assert "never paid back" in break_even(result)
+
+
+def test_the_page_stands_alone_and_says_what_the_result_says(result, tmp_path):
+    write_page(result, "texts.csv", tmp_path)
+    text, page = ((tmp_path / name).read_text(encoding="utf-8") for name in ("verdict.md", "verdict.html"))
+    assert artifacts.load_json(tmp_path / "verdict.json") == result
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "nothing is loaded from elsewhere"
+    assert text.count("![") == page.count("<img") == len(list(tmp_path.glob("*.png")))
+    assert str(tmp_path) not in text + page
+    for entry in result["questions"]:
+        assert f"**{entry['answer']}**" in text
+        if "estimate" in entry:
+            assert interval(entry["estimate"]) in text
+    for row in result["table"]:
+        assert f"{row['accuracy']:.1%}" in text
+    assert "<h1>Does distillation pay on texts.csv?</h1>" in page
+
+
+def test_a_page_without_any_answer(result, tmp_path):
+    nothing = judged(result, *[UNFINISHED] * 4) | {"by_class": [], "tries": {"settings": [], "curve": []}}
+    for entry in nothing["questions"][2:]:
+        entry |= {"student": None, "against": None}
+    write_page(nothing, "texts.csv", tmp_path)
+    assert not (tmp_path / "differences.png").exists()
+    assert "not measured" in (tmp_path / "verdict.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30m", 1800), ("1h", 3600), ("1h30m", 5400), ("90s", 90), (" 5M ", 300)]
+)
+def test_budgets(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "0m", "-5m", "1.5h", "30m1h"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ValueError, match="give a time such as 30m, 1h30m or 90s"):
+        seconds_of(text)
+
+
+def test_the_command_says_its_plan_and_writes_its_page(tmp_path, own_artifacts, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("kd_helpers.experiments.verdict.costs", made_up_costs)
+    config = own_config(tmp_path, tokenizer)
+    models = [f"--{name}-checkpoint={tmp_path / name}" for name in ("teacher", "student")]
+    status = main([config.data, *models, "--teacher-epochs=0", "--budget=1s", f"--out={tmp_path / 'page'}"])
+    assert status == 0
+    said = capsys.readouterr().out
+    assert said.startswith("The plan for texts.csv\nteacher: ")
+    assert "this is a rough answer" in said
+    assert f"The page: {tmp_path / 'page' / 'verdict.html'}" in said
+    result = artifacts.load_json(tmp_path / "page" / "verdict.json")
+    assert result["sizes"]["train"]["all"] == result["sizes"]["teacher_train"]["all"] > 100, "all labels, for both"
+    assert result["plan"]["rough"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--budget", "soon"], "the budget is 'soon'; give a time such as 30m, 1h30m or 90s."),
+        (["--effect", "0"], "effect is 0.0; give a share between 0 and 1: 0.01 is one point."),
+        (["--labels", "0"], "train_size is 0; give a whole number of at least 1."),
+        (["nowhere.csv"], "there is no file 'nowhere.csv'"),
+    ],
+)
+def test_what_the_command_refuses(arguments, sentence, own_artifacts, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, own_artifacts, capsys):
+    (tmp_path / "page").write_text("")
+    with pytest.raises(SystemExit):
+        main([f"--out={tmp_path / 'page'}"])
+    assert "is a file; choose a folder for the page." in capsys.readouterr().err
+    assert Path(tmp_path / "page").is_file()
