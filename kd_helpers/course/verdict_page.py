@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,14 @@ def points(share: float, *, signed: bool = True) -> str:
 
 def interval(estimate: Mapping[str, Any]) -> str:
     """An estimate in points with its interval."""
-    return f"{points(estimate['gain'])} ({points(estimate['low'])} to {points(estimate['high'])})"
+    return f"{points(estimate['gain'])} points, {points(estimate['low'])} to {points(estimate['high'])}"
+
+
+def answer_word(entry: Mapping[str, Any]) -> str:
+    """The answer as it stands in tables and figures."""
+    if entry["question"] == "teacher":
+        return {PAYS: "close enough", DOES_NOT_PAY: "not close enough"}.get(entry["answer"], entry["answer"])
+    return entry["answer"]
 
 
 def of_question(result: Mapping[str, Any], question: str) -> dict[str, Any]:
@@ -82,10 +90,8 @@ def headline(result: Mapping[str, Any]) -> str:
     said = []
     for question, words in SAID.items():
         entry = of_question(result, question)
-        number = f" by {interval(entry['estimate'])} points" if "estimate" in entry else ""
-        if question == "teacher" and number:
-            number = number.replace(" by ", ": ")
-        said.append(words[entry["answer"]] + (number if entry["answer"] != CANNOT_TELL else ""))
+        number = f" ({interval(entry['estimate'])})" if entry["answer"] in (PAYS, DOES_NOT_PAY) else ""
+        said.append(words[entry["answer"]] + number)
     sentence = "; ".join(said)
     return sentence[0].upper() + sentence[1:] + "."
 
@@ -98,14 +104,14 @@ def title_of(result: Mapping[str, Any], name: str) -> str:
 
 def answers_table(result: Mapping[str, Any]) -> str:
     """Question, answer and difference of each comparison, as Markdown."""
-    rows = ["| question | compared | difference in points | answer |", "|:--|:--|--:|:--|"]
+    rows = ["| question | compared | difference | answer |", "|:--|:--|--:|:--|"]
     for entry in result["questions"]:
         if "estimate" in entry:
             compared = f"{title_of(result, entry['student'])} − {title_of(result, entry['against'])}"
             number = interval(entry["estimate"])
         else:
             compared, number = title_of(result, entry["student"]) if entry["student"] else "", "not measured"
-        rows.append(f"| {ASKED[entry['question']]} | {compared} | {number} | **{entry['answer']}** |")
+        rows.append(f"| {ASKED[entry['question']]} | {compared} | {number} | **{answer_word(entry)}** |")
     return "\n".join(rows)
 
 
@@ -201,11 +207,11 @@ def _about_settings(result: Mapping[str, Any]) -> list[str]:
     if best["low"] > 0:
         return [
             f"**Temperature and alpha.** On validation, with one seed, T {best['temperature']:g} with alpha "
-            f"{best['alpha']:g} was better than {usual} by {interval(best)} points: try it."
+            f"{best['alpha']:g} was better than {usual} ({interval(best)}): try it."
         ]
     return [
         f"**Temperature and alpha.** Stay with {usual}: on validation, with one seed, none of {names} was shown to be "
-        f"better (the best by {interval(best)} points)."
+        f"better (the best: {interval(best)})."
     ]
 
 
@@ -230,7 +236,7 @@ def _about_classes(result: Mapping[str, Any]) -> list[str]:
     worse = [row for row in result["by_class"] if row["high"] < 0]
     return [
         f"**Look at the class {_cell(row['class'])}.** On its {row['texts']:,} test texts the student is worse than "
-        f"the student without a teacher: {interval(row)} points."
+        f"the student without a teacher: {interval(row)}."
         for row in worse
     ]
 
@@ -256,7 +262,7 @@ def models_table(result: Mapping[str, Any]) -> str:
 
 def classes_table(result: Mapping[str, Any]) -> str:
     """Right answers within each class, as Markdown."""
-    rows = ["| class | test texts | without a teacher | distilled | difference in points |", "|:--|--:|--:|--:|--:|"]
+    rows = ["| class | test texts | without a teacher | distilled | difference |", "|:--|--:|--:|--:|--:|"]
     for row in result["by_class"]:
         shares = f"{row['reference']:.1%} | {row['student']:.1%}"
         rows.append(f"| {_cell(row['class'])} | {row['texts']:,} | {shares} | {interval(row)} |")
@@ -313,7 +319,7 @@ def differences_figure(result: Mapping[str, Any]) -> tuple[Figure, str]:
         The figure, and its description for those who can't see it.
     """
     entries = [entry for entry in result["questions"] if "estimate" in entry]
-    figure, axis = plt.subplots(figsize=(7, 0.75 * len(entries) + 1.3))
+    figure, axis = plt.subplots(figsize=(9, 0.75 * len(entries) + 1.3))
     effect = 100 * result["effect"]
     axis.axvspan(-effect, effect, color="#EFEFEF")
     axis.axvline(0, color="#999999", linewidth=1)
@@ -323,8 +329,8 @@ def differences_figure(result: Mapping[str, Any]) -> tuple[Figure, str]:
         colour = COLOURS[entry["answer"]]
         axis.plot([low, high], [row, row], color=colour, linewidth=4, alpha=0.4)
         axis.plot(gain, row, "o", color=colour, markersize=8)
-        axis.text(1.02, row, entry["answer"], color=colour, va="center", transform=axis.get_yaxis_transform())
-        described.append(f"{ASKED[entry['question']]} {interval(entry['estimate'])} points, {entry['answer']}")
+        axis.text(1.02, row, answer_word(entry), color=colour, va="center", transform=axis.get_yaxis_transform())
+        described.append(f"{ASKED[entry['question']]} {interval(entry['estimate'])}: {answer_word(entry)}")
     names = [f"{title_of(result, e['student'])}\nminus {title_of(result, e['against']).lower()}" for e in entries]
     axis.set_yticks(range(len(entries)), names)
     axis.set_ylim(len(entries) - 0.5, -0.5)
@@ -333,28 +339,44 @@ def differences_figure(result: Mapping[str, Any]) -> tuple[Figure, str]:
 
 
 def losses_figure(result: Mapping[str, Any]) -> tuple[Figure, str]:
-    """The lowest validation loss of each arm's first run against the number of steps.
+    """Each arm's validation loss against the number of steps, as a share of that at the fewest.
 
     Returns:
         The figure, and its description for those who can't see it.
     """
     lengths = [int(length) for length in result["losses"]]
     table = {arm: [losses[arm] for losses in result["losses"].values()] for arm in result["losses"][str(lengths[0])]}
-    figure, axis = plt.subplots(figsize=(7, 3.6))
-    place = np.linspace(-1, 1, len(table)) if len(table) > 1 else [0]
-    order = sorted(table, key=lambda arm: table[arm][-1])
-    for dy, arm in zip(place, order, strict=True):
+    shares = {arm: [100 * value / values[0] for value in values] for arm, values in table.items()}
+    figure, axis = plt.subplots(figsize=(9, 3.8))
+    for arm, offset in label_offsets({arm: values[-1] for arm, values in shares.items()}, height=200).items():
         colour = plots.COLOURS[arm]
-        axis.plot(lengths, table[arm], marker="o", color=colour, linestyle=plots.LINESTYLES[arm])
-        plots.label_line_end(axis, title_of(result, arm), colour=colour, dy=9 * dy * len(table) / 2)
+        axis.plot(lengths, shares[arm], marker="o", color=colour, linestyle=plots.LINESTYLES[arm])
+        plots.label_line_end(axis, title_of(result, arm), colour=colour, dy=offset)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.minorticks_off()
-    axis.set(xlabel="steps", ylabel="lowest NLL on validation")
+    axis.set(xlabel="steps", ylabel="validation loss, % of its first value")
     described = "; ".join(
         f"{title_of(result, arm)} from {values[0]:.3f} to {values[-1]:.3f}" for arm, values in table.items()
     )
     return figure, f"Validation loss from {lengths[0]:,} to {lengths[-1]:,} steps: {described}."
+
+
+def label_offsets(ends: Mapping[str, float], *, height: float, gap: float = 15) -> dict[str, float]:
+    """How far to move the labels of lines up, in points, so that none covers another; the lowest stays.
+
+    Args:
+        ends: where each line ends.
+        height: points between the lowest and the highest of them, about.
+        gap: points between two labels, at least.
+    """
+    lowest, span = min(ends.values()), max(np.ptp(list(ends.values())), 1e-9)
+    offsets, place = {}, -math.inf
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        wanted = (end - lowest) / span * height
+        place = max(wanted, place + gap)
+        offsets[name] = place - wanted
+    return offsets
 
 
 # ---- The page
@@ -410,7 +432,8 @@ texts in the same order and make {result["steps"]:,} steps.
 
 {pictures["losses"]}
 
-A student is finished when twice the steps lower its validation loss by less than {FALLS:.0%}.{by_class}
+A student is finished when twice the steps lower its validation loss by less than {FALLS:.0%}. Of each
+run, the lowest loss on validation counts.{by_class}
 
 ## Cost
 
@@ -432,15 +455,15 @@ A student is finished when twice the steps lower its validation loss by less tha
 
 def write_page(result: Mapping[str, Any], source: str, out: Path) -> None:
     """Write `verdict.json`, `verdict.md`, `verdict.html` and the figures into a folder."""
-    figures = {}
-    drawn = {"losses": losses_figure(result)}
+    draw = {"losses": losses_figure}
     if any("estimate" in entry for entry in result["questions"]):
-        drawn["differences"] = differences_figure(result)
+        draw["differences"] = differences_figure
+    figures = {}
     with plt.rc_context(plots.STYLE):
-        for name, (figure, alt) in drawn.items():
+        for name, figure_of in draw.items():
+            figure, figures[name] = figure_of(result)
             artifacts.write_bytes(out / f"{name}.png", plots.png(figure)[0])
             plt.close(figure)
-            figures[name] = alt
     text = markdown(result, source, figures)
     renderer = PageRenderer(str(out.resolve()))
     body = renderer.render(text)

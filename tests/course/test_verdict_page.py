@@ -13,6 +13,7 @@ from support.own_texts import own_config
 from kd_helpers import artifacts
 from kd_helpers.course import verdict_page
 from kd_helpers.course.verdict_page import (
+    answer_word,
     break_even,
     classes_table,
     headline,
@@ -73,8 +74,8 @@ def judged(result: dict, *answers: str) -> dict:
 
 def test_the_verdict_in_one_sentence(result):
     assert headline(judged(result, CANNOT_TELL, PAYS, DOES_NOT_PAY, CANNOT_TELL)) == (
-        "Distillation **pays** against the same student without a teacher by +5.6 (+3.1 to +6.0) points; the student "
-        "**is not close enough** to its teacher: +5.6 (+3.1 to +6.0) points; these texts **cannot tell** whether it "
+        "Distillation **pays** against the same student without a teacher (+5.6 points, +3.1 to +6.0); the student "
+        "**is not close enough** to its teacher (+5.6 points, +3.1 to +6.0); these texts **cannot tell** whether it "
         "pays against the cheap rivals."
     )
     assert headline(judged(result, DOES_NOT_PAY, UNFINISHED, UNFINISHED, UNFINISHED)).startswith("Whether distillation")
@@ -124,7 +125,7 @@ def test_a_class_that_suffers_is_named_whatever_its_name_holds(result):
     row = {"class": "a|*b*", "texts": 9, "student": 0.2, "reference": 0.5, "gain": -0.3, "low": -0.5, "high": -0.1}
     result["by_class"] = [row]
     assert any(r"the class a\|\*b\*" in one for one in next_steps(result))
-    assert r"| a\|\*b\* | 9 | 50.0% | 20.0% | −30.0 (−50.0 to −10.0) |" in classes_table(result)
+    assert r"| a\|\*b\* | 9 | 50.0% | 20.0% | −30.0 points, −50.0 to −10.0 |" in classes_table(result)
 
 
 def test_break_even_is_the_training_time_over_the_time_that_a_text_saves(result):
@@ -135,6 +136,10 @@ def test_break_even_is_the_training_time_over_the_time_that_a_text_saves(result)
     assert "never paid back" in break_even(result)
 
 
+def test_labels_of_lines_that_end_close_to_each_other_are_moved_apart():
+    assert verdict_page.label_offsets({"a": 0.0, "b": 1.0, "c": 100.0}, height=200, gap=15) == {"a": 0, "b": 13, "c": 0}
+
+
 def test_the_page_stands_alone_and_says_what_the_result_says(result, tmp_path):
     write_page(result, "texts.csv", tmp_path)
     text, page = ((tmp_path / name).read_text(encoding="utf-8") for name in ("verdict.md", "verdict.html"))
@@ -143,7 +148,7 @@ def test_the_page_stands_alone_and_says_what_the_result_says(result, tmp_path):
     assert text.count("![") == page.count("<img") == len(list(tmp_path.glob("*.png")))
     assert str(tmp_path) not in text + page
     for entry in result["questions"]:
-        assert f"**{entry['answer']}**" in text
+        assert f"**{answer_word(entry)}**" in text
         if "estimate" in entry:
             assert interval(entry["estimate"]) in text
     for row in result["table"]:
