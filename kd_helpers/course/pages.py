@@ -25,6 +25,7 @@ from kd_helpers.course.publish import published
 TEMPLATES = Environment(
     loader=PackageLoader("kd_helpers.course"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
+TEMPLATES.filters["thousands"] = "{:,}".format
 # STIX Two Math 2.11 (SIL Open Font License 1.1), reduced with fonttools to the characters of formulas like ours: few
 # systems have a font from which browsers can build roots, braces and sums.
 FONT = "STIXTwoMath.woff2"

@@ -21,7 +21,7 @@ from kd_helpers.data import OWN_SHARES
 from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES, PAYS, UNFINISHED
 from kd_helpers.experiments.verdict import EFFECT, TEACHER, verdict
-from kd_helpers.experiments.verdict_runs import DISTILLED, FALLS
+from kd_helpers.experiments.verdict_runs import DISTILLED, FALLS, UNIFORM
 
 ALL_LABELS = 10_000  # labelled texts that teacher and student take from a file, unless somebody says otherwise
 UNITS = {"h": 3600, "m": 60, "s": 1}
@@ -97,37 +97,37 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def title_of(result: Mapping[str, Any], name: str) -> str:
-    """A candidate's title, as it stands in a sentence."""
-    titles = {row["name"]: row["title"] for row in result["table"]}
-    return titles[name]
+    """A candidate's title. The rows of a table are students, and so is this one."""
+    if name == UNIFORM:
+        return "Student of a teacher that knows nothing"
+    return next(row["title"] for row in result["table"] if row["name"] == name)
+
+
+def row_of(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A candidate's measures on test."""
+    return next(row for row in result["table"] if row["name"] == name)
+
+
+def budget_of(result: Mapping[str, Any]) -> str:
+    """Twice the time that the plan took, as one gives it to `--budget`."""
+    return f"{max(2, math.ceil(2 * result['plan']['seconds'] / 60))}m"
 
 
 def answers_table(result: Mapping[str, Any]) -> str:
     """Question, answer and difference of each comparison, as Markdown."""
     rows = ["| question | compared | difference | answer |", "|:--|:--|--:|:--|"]
     for entry in result["questions"]:
+        student, against = entry["student"], entry["against"]
+        compared = "no distilled student was finished" if student is None else title_of(result, student)
+        number = ""
         if "estimate" in entry:
-            compared = f"{title_of(result, entry['student'])} − {title_of(result, entry['against'])}"
+            improving = " (still improving)" if against in result["unfinished"] else ""
+            compared += f" − {title_of(result, against)}{improving}"
             number = interval(entry["estimate"])
-        else:
-            compared, number = title_of(result, entry["student"]) if entry["student"] else "", "not measured"
+        elif student in result["unfinished"]:
+            number = f"still improving; so far {row_of(result, student)[result['measure']]:.1%}"
         rows.append(f"| {ASKED[entry['question']]} | {compared} | {number} | **{answer_word(entry)}** |")
     return "\n".join(rows)
-
-
-def how_to_read(result: Mapping[str, Any]) -> str:
-    """What the words and the intervals mean."""
-    effect, measure = points(result["effect"], signed=False), WORDS[result["measure"]]
-    return (
-        f"A difference is in points of {measure} on the test split, with an interval of 95% over {result['seeds']} "
-        f"seeds *and* over {split_size(result, 'test'):,} test texts. Where the first question has two parts, both "
-        f"intervals hold together. A difference of {effect} points is the smallest that matters.\n\n"
-        "- **Pays**: the whole interval lies above 0, and the estimate is at least the smallest that matters.\n"
-        "- **Does not pay**: the whole interval lies below the smallest that matters.\n"
-        "- **Cannot tell**: anything else. These texts and seeds are too few for an answer.\n\n"
-        f"The student is close enough to its teacher if the whole interval lies above −{effect}. The teacher was "
-        "trained once, so the intervals do not cover what another teacher would change."
-    )
 
 
 def split_size(result: Mapping[str, Any], split: str) -> int:
@@ -140,6 +140,7 @@ def next_steps(result: Mapping[str, Any]) -> list[str]:
     return [
         *_about_unfinished(result),
         *_about_teacher(result),
+        *_about_eight_bits(result),
         *_about_needed(result),
         *_about_settings(result),
         *_about_texts(result),
@@ -154,10 +155,11 @@ def _about_unfinished(result: Mapping[str, Any]) -> list[str]:
             f"**Steps.** {int(lengths[-1]):,} steps are enough: against half as many, no arm's validation loss fell by "
             f"more than {FALLS:.0%}."
         ]
-    names = ", ".join(title_of(result, name) for name in result["unfinished"])
+    names = ", ".join(f"“{title_of(result, name)}”" for name in result["unfinished"])
     return [
-        f"**More steps.** From {int(lengths[-2]):,} to {int(lengths[-1]):,} steps the validation loss still fell for: "
-        f"{names}. What is unfinished is not judged. Give a larger budget; the finished runs are found again."
+        f"**More steps.** At {int(lengths[-1]):,} steps these were still improving over {int(lengths[-2]):,}: {names}. "
+        f"Run the command again with a larger budget, for example `--budget {budget_of(result)}`; what is trained "
+        "already is used again."
     ]
 
 
@@ -170,6 +172,20 @@ def _about_teacher(result: Mapping[str, Any]) -> list[str]:
     return [
         f"**A better teacher first.** The teacher has {teacher:.1%} on test, and the student without a teacher "
         f"{student:.1%}: such a teacher has little to give. Try a larger one (`--teacher-checkpoint`), or more labels."
+    ]
+
+
+def _about_eight_bits(result: Mapping[str, Any]) -> list[str]:
+    small = {row["model"]: row for row in result["costs"] if row["way"] == "int8" and "accuracy" in row}
+    if small.keys() != {"teacher", "student"}:
+        return []
+    described = {
+        name: f"{row['accuracy']:.1%}, {row['megabytes']:.1f} MB, {row['latency_p50_ms']:.1f} ms for one text"
+        for name, row in small.items()
+    }
+    return [
+        "**Compare with the teacher in eight bits**, which takes no student at all. The teacher with weights of eight "
+        f"bits: {described['teacher']}. The distilled student in the same form: {described['student']}."
     ]
 
 
@@ -204,14 +220,17 @@ def _about_settings(result: Mapping[str, Any]) -> list[str]:
     config = result["config"]
     names = ", ".join(f"T {one['temperature']:g} with alpha {one['alpha']:g}" for one in tried)
     usual = f"T {config['temperature']:g} and alpha {config['alpha']:g}"
+    one_seed = f"with one seed on {split_size(result, 'validation'):,} validation texts"
+    setting = f"T {best['temperature']:g} with alpha {best['alpha']:g}"
+    options = f"`--temperature {best['temperature']:g} --alpha {best['alpha']:g}`"
     if best["low"] > 0:
         return [
-            f"**Temperature and alpha.** On validation, with one seed, T {best['temperature']:g} with alpha "
-            f"{best['alpha']:g} was better than {usual} ({interval(best)}): try it."
+            f"**Temperature and alpha.** We tried {names}, {one_seed}. {setting} was better than {usual}: "
+            f"{interval(best)}. Try it with {options}."
         ]
     return [
-        f"**Temperature and alpha.** Stay with {usual}: on validation, with one seed, none of {names} was shown to be "
-        f"better (the best: {interval(best)})."
+        f"**Temperature and alpha.** We tried {names}, {one_seed}. None was shown to be better than {usual}. The best "
+        f"was {setting} ({interval(best)}); to look closer, give {options}."
     ]
 
 
@@ -255,8 +274,8 @@ def models_table(result: Mapping[str, Any]) -> str:
     rows = [f"| {' | '.join(heads)} |", "|:--" + "|--:" * (len(heads) - 1) + "|"]
     for row in sorted(result["table"], key=lambda row: -row[result["measure"]]):
         cells = [format(row[name], form) if name in row else "" for name, form in forms.items()]
-        unfinished = " (unfinished)" if row["name"] in result["unfinished"] else ""
-        rows.append(f"| {row['title']}{unfinished} | {row['seeds']} | {' | '.join(cells)} |")
+        unfinished = " (still improving)" if row["name"] in result["unfinished"] else ""
+        rows.append(f"| {title_of(result, row['name'])}{unfinished} | {row['seeds']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -298,11 +317,13 @@ def break_even(result: Mapping[str, Any]) -> str:
     saved = 1 / by_model["teacher"]["texts_per_second"] - 1 / by_model["student"]["texts_per_second"]
     seconds = result["seconds"]
     training = sum(seconds.values())
-    times = f"Training took about {_minutes(seconds['student'])} for a student"
-    times += f" and {_minutes(seconds['teacher'])} for the teacher and its logits." if "teacher" in seconds else "."
+    taken = f"Training a student took about {_minutes(seconds['student'])}"
+    taken += f", the teacher and its logits {_minutes(seconds['teacher'])}." if "teacher" in seconds else "."
     if saved <= 0:
-        return f"{times} The student is not faster than its teacher here, so the time is never paid back."
-    return f"{times} In batches, the student has paid that back after about {_rounded(training / saved):,} texts."
+        return f"{taken} The student is not faster than its teacher here, so this time is never paid back."
+    return (
+        f"{taken} In batches, the student's speed makes up for that after about {_rounded(training / saved):,} texts."
+    )
 
 
 def _minutes(seconds: float) -> str:
@@ -390,67 +411,28 @@ def markdown(result: Mapping[str, Any], source: str, figures: Mapping[str, str])
         source: of the texts, for people.
         figures: file name and description of "differences" (missing where nothing was judged) and "losses".
     """
-    made, plan, config = result["made_with"], result["plan"], result["config"]
-    rough = (
-        "\n\n*This is a rough answer: the budget allowed few steps, seeds or labels. "
-        "`--budget 30m` gives a better one.*"
-        if plan["rough"]
-        else ""
+    config = result["config"]
+    reference = result["choices"]["reference"]
+    text = TEMPLATES.get_template("verdict.md.j2").render(
+        result=result,
+        source=source,
+        headline=headline(result).replace("**", ""),
+        measure=WORDS[result["measure"]],
+        effect=points(result["effect"], signed=False),
+        answers=answers_table(result),
+        pictures={name: f"![{alt}]({name}.png)" for name, alt in figures.items()},
+        sizes=result["sizes"],
+        steps=next_steps(result),
+        models=models_table(result),
+        falls=f"{FALLS:.0%}",
+        reference=reference and title_of(result, reference),
+        classes=classes_table(result),
+        costs=costs_table(result),
+        break_even=break_even(result),
+        teacher=_cell(config["teacher_checkpoint"] or PRESETS[config["preset"]].teacher),
+        notes=[_cell(note) for note in result["notes"]],
     )
-    pictures = {name: f"![{alt}]({name}.png)" for name, alt in figures.items()}
-    steps = "\n".join(f"- {one}" for one in next_steps(result))
-    notes = "\n".join(f"- {_cell(note)}" for note in result["notes"])
-    by_class = (
-        f"\n\n## Class by class\n\nThe share of each class's test texts that is classified correctly. The intervals "
-        f"hold for all classes together.\n\n{classes_table(result)}"
-        if result["by_class"]
-        else ""
-    )
-    return f"""# Does distillation pay on {source}?
-
-**{headline(result).replace("**", "")}**{rough}
-
-{answers_table(result)}
-
-{pictures.get("differences", "")}
-
-{how_to_read(result)}
-
-## What to do next
-
-{steps}
-
-## Every model
-
-{models_table(result)}
-
-Measured on {split_size(result, "test"):,} test texts, which were opened once, after every choice had been made on
-validation. NLL is in nats; ECE is the expected calibration error. All students start from the same weights, see their
-texts in the same order and make {result["steps"]:,} steps.
-
-## Is every way of training finished?
-
-{pictures["losses"]}
-
-A student is finished when twice the steps lower its validation loss by less than {FALLS:.0%}. Of each
-run, the lowest loss on validation counts.{by_class}
-
-## Cost
-
-{costs_table(result)}
-
-{break_even(result)}
-
-## How it was made
-
-- The teacher learned from {split_size(result, "teacher_train"):,} labelled texts, the students from
-  {split_size(result, "train"):,} and from {split_size(result, "transfer"):,} texts without labels; choices were made on
-  {split_size(result, "validation"):,} validation texts.
-- Temperature {config["temperature"]:g}, alpha {config["alpha"]:g}, learning rate {config["learning_rate"]:g},
-  batches of {config["batch_size"]}, preset {config["preset"]}.
-- kd_helpers {made["kd_helpers"]}, torch {made["torch"]}, {made["machine"]}, {made["date"]}.
-{notes}
-"""
+    return re.sub(r"\n{3,}", "\n\n", text).lstrip()
 
 
 def write_page(result: Mapping[str, Any], source: str, out: Path) -> None:

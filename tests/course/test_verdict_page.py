@@ -99,9 +99,9 @@ def test_what_would_decide_is_said_in_test_texts_and_in_labelled_texts(result):
 def test_an_unfinished_arm_is_named_and_the_budget_is_the_remedy(result):
     result["unfinished"] = [DISTILLED]
     said = next_steps(result)[0]
-    assert "Distilled, same labels" in said
-    assert "larger budget" in said
-    assert "Distilled, same labels (unfinished)" in models_table(result)
+    assert "“Distilled, same labels”" in said
+    assert "`--budget 2m`" in said
+    assert "Distilled, same labels (still improving)" in models_table(result)
 
 
 def test_a_teacher_that_is_no_better_than_the_student_is_the_first_thing_to_change(result):
@@ -116,9 +116,9 @@ def test_a_teacher_that_is_no_better_than_the_student_is_the_first_thing_to_chan
 def test_settings_are_advised_only_where_they_are_shown_to_be_better(result):
     tried = {"temperature": 4.0, "alpha": 0.9, "gain": 0.02, "low": -0.01, "high": 0.05}
     result["tries"]["settings"] = [tried]
-    assert any("Stay with T 2 and alpha 0.9" in one for one in next_steps(result))
+    assert any("None was shown to be better than T 2 and alpha 0.9" in one for one in next_steps(result))
     result["tries"]["settings"] = [tried | {"low": 0.01}]
-    assert any("T 4 with alpha 0.9 was better" in one and "try it" in one for one in next_steps(result))
+    assert any("T 4 with alpha 0.9 was better" in one and "--temperature 4" in one for one in next_steps(result))
 
 
 def test_a_class_that_suffers_is_named_whatever_its_name_holds(result):
@@ -162,7 +162,7 @@ def test_a_page_without_any_answer(result, tmp_path):
         entry |= {"student": None, "against": None}
     write_page(nothing, "texts.csv", tmp_path)
     assert not (tmp_path / "differences.png").exists()
-    assert "not measured" in (tmp_path / "verdict.md").read_text(encoding="utf-8")
+    assert "no distilled student was finished" in (tmp_path / "verdict.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
