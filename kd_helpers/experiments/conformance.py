@@ -568,11 +568,10 @@ def translation_table(result: Mapping[str, Any]) -> pd.DataFrame:
         [
             {
                 "loss": f"{row['toolkit']} {row['version']}, `{row['call']}`",
-                "what its weights multiply": weight_of(row),
-                "T²": t_squared(row),
-                "mean over": mean_over(row),
-                "for our T and alpha, set": instruction(row),
-                "result": "; ".join(filter(None, [verdict(row), note(row)])),
+                "what it computes": "; ".join(
+                    filter(None, [weight_of(row), f"T²: {t_squared(row)}", f"mean over {mean_over(row)}", note(row)])
+                ),
+                "for our T and alpha, set": f"{instruction(row)} (*{verdict(row)}*)",
             }
             for row in rows(result)
         ]
@@ -586,10 +585,10 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def weight_of(row: Mapping[str, Any]) -> str:
-    """What a toolkit's weights multiply, in a few words."""
+    """What a toolkit's weights multiply, in a few words; nothing where it has none."""
     names = [f"`{name}`" for name in row["weights"]]
     if not names:
-        return "none"
+        return ""
     if len(names) == 2:
         return f"{names[0]}: soft, {names[1]}: hard"
     return f"{names[0]}: {_marked(row, 'weight_of')}"
