@@ -9,7 +9,8 @@ from kd_helpers.course.blocks import write_block
 from kd_helpers.course.costs import stored_costs
 from kd_helpers.course.notebooks import notebook_paths, question, title
 from kd_helpers.course.numbers import number
-from kd_helpers.experiments import benchmark, comparison
+from kd_helpers.experiments import benchmark, comparison, verdict_study
+from kd_helpers.experiments.study import origin
 
 RESULTS_FIGURE = "kd_helpers/experiments/results/comparison.png"
 BENCHMARK_FIGURE = "kd_helpers/experiments/results/benchmark.png"
@@ -179,6 +180,34 @@ def benchmark_tables() -> str:
     )
 
 
+def verdicts() -> str:
+    """How often verdicts were right, from the stored study."""
+    stored = verdict_study.stored_verdicts()
+    table = verdict_study.shares(stored)
+    ignorant, tuned = table.loc["ignorant"], table.loc["tuned"]
+    left_open = {
+        kind: sum(run["arm"] in arms and not run["pays"] and bool(run["unfinished"]) for run in stored["runs"])
+        for kind, arms in (("ignorant", verdict_study.IGNORANT), ("tuned", ("tuned",)))
+    }
+    case = verdict_study.ARMS["tuned"].recipe
+    return "\n".join(
+        [
+            "Held to account, in small (students of one layer, at most "
+            f"{case.lengths[-1]} steps, {len(stored['seeds'])} draws of texts for each kind of teacher):",
+            "",
+            "- With a teacher that knew nothing (a random head, or labels dealt out at random) "
+            f"{ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts said *pays*: {ignorant['share']:.0%}, 95% "
+            f"interval {ignorant['low']:.0%} to {ignorant['high']:.0%}. {left_open['ignorant']} of them were left open, "
+            "because an arm was not finished.",
+            f"- With the course's teacher, on its tweets and {case.labels:,} labels, {tuned['pays']:.0f} of "
+            f"{tuned['verdicts']:.0f} said *pays*: {tuned['share']:.0%}, {tuned['low']:.0%} to {tuned['high']:.0%}. "
+            f"{left_open['tuned']} left open.",
+            "",
+            origin(stored),
+        ]
+    )
+
+
 def write_readme() -> None:
     """Put the chapters and the stored results into the README and docs/."""
     plots.use_course_style()
@@ -191,4 +220,5 @@ def write_readme() -> None:
     write_block("results", f"![{alt}]({RESULTS_FIGURE})\n\n{readme_results()}", by="results")
     write_block("table", results_table(), by="results", page="docs/results.md")
     speed_block = f"![{speed_alt}](../{BENCHMARK_FIGURE})\n\n{benchmark_tables()}"
+    write_block("verdicts", verdicts(), by="study", page="docs/verdict.md")
     write_block("benchmark", speed_block, by="benchmark", page="docs/speed.md")

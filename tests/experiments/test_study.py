@@ -31,6 +31,7 @@ from kd_helpers.experiments import (
     survey_extensions,
     survey_tweets,
     tinybert,
+    verdict_study,
 )
 from kd_helpers.experiments.studies import STUDIES
 from kd_helpers.experiments.study import (
@@ -288,6 +289,7 @@ MODULES = {
     "rationales": rationales,
     "survey": survey,
     "deployment": deployment,
+    "verdict_study": verdict_study,
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
@@ -298,6 +300,7 @@ SEEDS = {
     "rationales": rationales.SEEDS["knowledge"],
     "survey": survey_digits.SEEDS,
     "deployment": deployment.SEEDS,
+    "verdict_study": verdict_study.SEEDS,
 }
 ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
@@ -317,7 +320,7 @@ def test_a_stored_study_has_the_arms_of_today(name):
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
     assert titles(stored) == {arm: described.title for arm, described in arms.items()}
-    of_study = {"language_models": "nats", "deployment": "int8_accuracy"}
+    of_study = {"language_models": "nats", "deployment": "int8_accuracy", "verdict_study": "pays"}
     measure = of_study.get(name, "accuracy")
     assert list(study_table(stored, measure)) == list(arms)
 

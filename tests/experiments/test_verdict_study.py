@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kd_helpers.experiments.verdict_study import ARMS, TEACHER_LABELS, all_texts, draw, shares
+from kd_helpers.experiments import verdict_study
+from kd_helpers.experiments.judgement import PAYS
+from kd_helpers.experiments.verdict_study import ARMS, TEACHER_LABELS, all_texts, draw, shares, stored_verdicts
+
+stored = pytest.fixture(scope="module")(stored_verdicts)
 
 
 def test_a_draw_has_its_sizes_and_other_texts_for_another_seed():
@@ -46,3 +50,18 @@ def test_shares_by_hand():
     assert table.loc["tuned", "share"] == 0.9
     assert table.loc["tuned", "low"] == pytest.approx(stats.beta.ppf(0.025, 9, 2))
     assert table.loc["ignorant", "high"] == pytest.approx(stats.beta.ppf(0.975, 3, 18))
+
+
+def test_the_stored_verdicts_are_right_as_often_as_promised(stored):
+    table = shares(stored)
+    assert table.loc["ignorant", "verdicts"] >= 40
+    assert table.loc["ignorant", "share"] <= 0.05
+    assert table.loc["tuned", "share"] >= 0.9
+
+
+def test_what_a_stored_verdict_says_follows_from_its_answers(stored):
+    for run in stored["runs"]:
+        asked = [entry["answer"] for entry in run["questions"] if entry["question"] != "teacher"]
+        assert run["pays"] == (PAYS in asked)
+        assert {entry["answer"] for entry in run["questions"]} <= {PAYS, "does not pay", "cannot tell", "unfinished"}
+    assert {run["texts"] for run in stored["runs"] if run["arm"] != "tuned"} == {"tweets", *verdict_study.PACKAGED}
