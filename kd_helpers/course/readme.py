@@ -197,8 +197,8 @@ def verdicts() -> str:
             "",
             "- With a teacher that knew nothing (a random head, or labels dealt out at random) "
             f"{ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts said *pays*: {ignorant['share']:.0%}, 95% "
-            f"interval {ignorant['low']:.0%} to {ignorant['high']:.0%}. {left_open['ignorant']} of them were left open, "
-            "because an arm was not finished.",
+            f"interval {ignorant['low']:.0%} to {ignorant['high']:.0%}. {left_open['ignorant']} were left "
+            "open, because an arm was not finished.",
             f"- With the course's teacher, on its tweets and {case.labels:,} labels, {tuned['pays']:.0f} of "
             f"{tuned['verdicts']:.0f} said *pays*: {tuned['share']:.0%}, {tuned['low']:.0%} to {tuned['high']:.0%}. "
             f"{left_open['tuned']} left open.",

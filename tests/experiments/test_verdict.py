@@ -32,6 +32,7 @@ from kd_helpers.experiments.verdict import (
 )
 from kd_helpers.experiments.verdict_runs import (
     DISTILLED,
+    FEWEST_SEEDS,
     LENGTHS,
     MORE,
     TRANSFER,
@@ -164,7 +165,7 @@ def test_a_larger_budget_gives_longer_runs_or_more_seeds(tweets):
     assert reached[0] < reached[2]
     for plan, minutes in zip(plans[1:], (30, 120), strict=True):
         assert plan.seconds <= minutes * 60 * 1.01
-        assert min(plan.seeds) >= 3
+        assert min(plan.seeds) >= FEWEST_SEEDS
         assert list(plan.seeds) == sorted(plan.seeds, reverse=True), "shorter runs leave time for more seeds"
 
 
@@ -172,7 +173,7 @@ def test_a_budget_that_is_too_small_gives_the_smallest_plan(tweets):
     config, data = tweets
     plan = make_plan(1.0, FAST, config, data)
     assert plan.lengths == LENGTHS[:2]
-    assert plan.seeds == (3, 3)
+    assert plan.seeds == (FEWEST_SEEDS, FEWEST_SEEDS)
     assert plan.seconds > 1
 
 
