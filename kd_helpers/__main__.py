@@ -50,6 +50,9 @@ COMMANDS = {
         "kd_helpers.course.verdict_page", "Ask whether distillation pays on your own texts, within a time budget."
     ),
     "benchmark": Command("kd_helpers.experiments.benchmark", "Measure how fast the training loop is on this machine."),
+    "conformance": Command(
+        "kd_helpers.experiments.conformance", "Run the losses of other toolkits on the same logits (chapter 03)."
+    ),
     "course": Command("kd_helpers.course.commands", "Run, store and publish the notebooks of the course."),
 }
 DESCRIPTION = "Knowledge distillation of BERT-class models. `{prog} COMMAND --help` explains a command."

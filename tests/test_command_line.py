@@ -16,7 +16,18 @@ import pytest
 import kd_helpers.__main__ as command_line
 from kd_helpers.course.notebooks import ROOT, notebook_paths
 
-COMMANDS = ("train", "sweep", "export", "study", "stories", "explanations", "verdict", "benchmark", "course")
+COMMANDS = (
+    "train",
+    "sweep",
+    "export",
+    "study",
+    "stories",
+    "explanations",
+    "verdict",
+    "benchmark",
+    "conformance",
+    "course",
+)
 
 
 def python(*arguments: str, **options) -> subprocess.CompletedProcess:

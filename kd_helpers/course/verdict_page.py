@@ -370,8 +370,9 @@ def losses_figure(result: Mapping[str, Any]) -> tuple[Figure, str]:
     shares = {arm: [100 * value / values[0] for value in values] for arm, values in table.items()}
     figure, axis = plt.subplots(figsize=(9, 3.8))
     for arm, offset in label_offsets({arm: values[-1] for arm, values in shares.items()}, height=200).items():
-        colour = plots.COLOURS[arm]
-        axis.plot(lengths, shares[arm], marker="o", color=colour, linestyle=plots.LINESTYLES[arm])
+        look = "label_smoothing" if arm == UNIFORM else arm
+        colour = plots.COLOURS[look]
+        axis.plot(lengths, shares[arm], marker="o", color=colour, linestyle=plots.LINESTYLES[look])
         plots.label_line_end(axis, title_of(result, arm), colour=colour, dy=offset)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])

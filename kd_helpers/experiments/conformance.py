@@ -12,7 +12,7 @@ own code is run and compared:
 4. `translated` derives from a reading what to set there for our temperature and alpha. The toolkit is run again with
    these settings, and value and gradient are held against the definition.
 
-`python -m kd_helpers.experiments.conformance` (or `make conformance`) installs each toolkit into a folder of its own,
+`python -m kd_helpers conformance` (or `make conformance`) installs each toolkit into a folder of its own,
 measures it in a process of its own, and stores the result. The adapters are in `conformance_toolkits`.
 
 Shapes: N examples, C classes; of tokens B texts, L tokens of each, V tokens in the vocabulary.
@@ -499,14 +499,14 @@ def run(folder: Path, toolkits: Sequence[Toolkit] = TOOLKITS) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers conformance") -> int:
     """Measure all toolkits and write conformance.json; with `--measure`, one that is installed here.
 
     Returns:
         Exit status: 0.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m kd_helpers.experiments.conformance",
+        prog=prog,
         description="Run the distillation losses of other toolkits on the same logits and compare them with ours.",
     )
     parser.add_argument("--measure", choices=[toolkit.name for toolkit in TOOLKITS], help="only this one, here")
