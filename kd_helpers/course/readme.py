@@ -201,7 +201,7 @@ def verdicts() -> str:
             "open, because an arm was not finished.",
             f"- With the course's teacher, on its tweets and {case.labels:,} labels, {tuned['pays']:.0f} of "
             f"{tuned['verdicts']:.0f} said *pays*: {tuned['share']:.0%}, {tuned['low']:.0%} to {tuned['high']:.0%}. "
-            f"{left_open['tuned']} left open.",
+            f"Left open: {left_open['tuned']}.",
             "",
             origin(stored),
         ]

@@ -96,16 +96,19 @@ def headline(result: Mapping[str, Any]) -> str:
     return sentence[0].upper() + sentence[1:] + "."
 
 
-def title_of(result: Mapping[str, Any], name: str) -> str:
-    """A candidate's title. The rows of a table are students, and so is this one."""
-    if name == UNIFORM:
-        return "Student of a teacher that knows nothing"
-    return next(row["title"] for row in result["table"] if row["name"] == name)
-
-
 def row_of(result: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A candidate's measures on test."""
+    """A candidate's title and its measures on test."""
     return next(row for row in result["table"] if row["name"] == name)
+
+
+def title_of(result: Mapping[str, Any], name: str) -> str:
+    """A candidate's title. The arm whose teacher knows nothing is named after its student, as the others are."""
+    return "Student of a teacher that knows nothing" if name == UNIFORM else row_of(result, name)["title"]
+
+
+def marked_title(result: Mapping[str, Any], name: str) -> str:
+    """A candidate's title, marked where it is not finished."""
+    return title_of(result, name) + (" (still improving)" if name in result["unfinished"] else "")
 
 
 def budget_of(result: Mapping[str, Any]) -> str:
@@ -121,8 +124,7 @@ def answers_table(result: Mapping[str, Any]) -> str:
         compared = "no distilled student was finished" if student is None else title_of(result, student)
         number = ""
         if "estimate" in entry:
-            improving = " (still improving)" if against in result["unfinished"] else ""
-            compared += f" − {title_of(result, against)}{improving}"
+            compared += f" − {marked_title(result, against)}"
             number = interval(entry["estimate"])
         elif student in result["unfinished"]:
             number = f"still improving; so far {row_of(result, student)[result['measure']]:.1%}"
@@ -164,9 +166,8 @@ def _about_unfinished(result: Mapping[str, Any]) -> list[str]:
 
 
 def _about_teacher(result: Mapping[str, Any]) -> list[str]:
-    rows = {row["name"]: row for row in result["table"]}
     reference = result["choices"]["reference"] or BASELINE
-    teacher, student = rows[TEACHER][result["measure"]], rows[reference][result["measure"]]
+    teacher, student = (row_of(result, name)[result["measure"]] for name in (TEACHER, reference))
     if teacher > student:
         return []
     return [
@@ -274,8 +275,7 @@ def models_table(result: Mapping[str, Any]) -> str:
     rows = [f"| {' | '.join(heads)} |", "|:--" + "|--:" * (len(heads) - 1) + "|"]
     for row in sorted(result["table"], key=lambda row: -row[result["measure"]]):
         cells = [format(row[name], form) if name in row else "" for name, form in forms.items()]
-        unfinished = " (still improving)" if row["name"] in result["unfinished"] else ""
-        rows.append(f"| {title_of(result, row['name'])}{unfinished} | {row['seeds']} | {' | '.join(cells)} |")
+        rows.append(f"| {marked_title(result, row['name'])} | {row['seeds']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -297,13 +297,12 @@ def costs_table(result: Mapping[str, Any]) -> str:
     """Size, latency and throughput, as Markdown."""
     rows = ["| model | computed by | MB | one text, median | texts a second | accuracy |", "|:--|:--|--:|--:|--:|--:|"]
     measured = {"teacher": TEACHER, "student": of_question(result, "teacher")["student"] or DISTILLED}
-    accuracies = {row["name"]: row["accuracy"] for row in result["table"]}
     for row in result["costs"]:
         if "refused" in row:
             rows.append(f"| {row['model']} | eight bits | | | | {_cell(row['refused'])} |")
             continue
         way = "eight bits" if row["way"] == "int8" else "torch"
-        accuracy = row.get("accuracy", accuracies[measured[row["model"]]])
+        accuracy = row.get("accuracy", row_of(result, measured[row["model"]])["accuracy"])
         rows.append(
             f"| {row['model']} | {way} | {row['megabytes']:.1f} | {row['latency_p50_ms']:.1f} ms | "
             f"{row['texts_per_second']:,.0f} | {accuracy:.1%} |"
@@ -430,7 +429,7 @@ def markdown(result: Mapping[str, Any], source: str, figures: Mapping[str, str])
         classes=classes_table(result),
         costs=costs_table(result),
         break_even=break_even(result),
-        teacher=_cell(config["teacher_checkpoint"] or PRESETS[config["preset"]].teacher),
+        teacher=_cell(Path(config["teacher_checkpoint"]).name or PRESETS[config["preset"]].teacher),
         notes=[_cell(note) for note in result["notes"]],
     )
     return re.sub(r"\n{3,}", "\n\n", text).lstrip()

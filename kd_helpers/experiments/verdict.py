@@ -423,9 +423,9 @@ def verdict(
 
     Returns:
         Ready for JSON: `made_with`, `config`, `plan`, `steps`, `seeds`, `unfinished`, `losses` (validation loss of the
-        first seed by length and arm), `classes` and `sizes` of the splits, `choices` (made on validation), `questions`
-        (see there), `table` (see `measures_table`), `by_class`, `tries` (see `try_settings`), `costs`, and `seconds` of
-        the teacher, a student and all.
+        first seed by length and arm), `sizes` of the splits, `labelled` (texts before the budget cut them), `notes`,
+        `choices` (made on validation), `questions` (see there), `table` (see `measures_table`), `by_class`, `tries`
+        (see `try_settings`), `costs`, and `seconds` of a student and, if there was a budget, of the teacher.
 
     Raises:
         ValueError: a value lies outside its range, or see `resolve`.
