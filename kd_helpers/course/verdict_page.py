@@ -21,7 +21,8 @@ from kd_helpers.data import OWN_SHARES
 from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES, PAYS, UNFINISHED
 from kd_helpers.experiments.verdict import EFFECT, TEACHER, verdict
-from kd_helpers.experiments.verdict_runs import DISTILLED, FALLS, UNIFORM
+from kd_helpers.experiments.verdict_plan import FALLS
+from kd_helpers.experiments.verdict_runs import DISTILLED, UNIFORM
 
 ALL_LABELS = 10_000  # labelled texts that teacher and student take from a file, unless somebody says otherwise
 UNITS = {"h": 3600, "m": 60, "s": 1}
@@ -52,6 +53,7 @@ ASKED = {
     "teacher": "Close enough to the teacher?",
     "rivals": "Worth it against the cheap rivals?",
 }
+SETTINGS = {"learning_rate": "learning rate", "temperature": "temperature", "alpha": "alpha"}
 COLOURS = {PAYS: "#007A59", DOES_NOT_PAY: "#B3261E", CANNOT_TELL: "#6B6B6B"}
 
 
@@ -128,6 +130,8 @@ def answers_table(result: Mapping[str, Any]) -> str:
             number = interval(entry["estimate"])
         elif student in result["unfinished"]:
             number = f"still improving; so far {row_of(result, student)[result['measure']]:.1%}"
+        elif student is not None:
+            number = "a rival was still improving"
         rows.append(f"| {ASKED[entry['question']]} | {compared} | {number} | **{answer_word(entry)}** |")
     return "\n".join(rows)
 
@@ -214,24 +218,25 @@ def _rounded(number: float) -> int:
 
 
 def _about_settings(result: Mapping[str, Any]) -> list[str]:
-    tried = result["tries"]["settings"]
+    tried, config = result["tries"]["settings"], result["config"]
     if not tried:
         return []
     best = max(tried, key=lambda one: one["gain"])
-    config = result["config"]
-    names = ", ".join(f"T {one['temperature']:g} with alpha {one['alpha']:g}" for one in tried)
-    usual = f"T {config['temperature']:g} and alpha {config['alpha']:g}"
+    changed = {name: form for name, form in SETTINGS.items() if best[name] != config[name]}
+    setting = " and ".join(f"{form} {best[name]:.2g}" for name, form in changed.items())
+    options = " ".join(f"`--{name.replace('_', '-')} {best[name]:.2g}`" for name in changed)
+    names = " and ".join(
+        dict.fromkeys(SETTINGS[name] for one in tried for name in SETTINGS if one[name] != config[name])
+    )
+    usual = ", ".join(f"{form} {config[name]:.2g}" for name, form in SETTINGS.items())
     one_seed = f"with one seed on {split_size(result, 'validation'):,} validation texts"
-    setting = f"T {best['temperature']:g} with alpha {best['alpha']:g}"
-    options = f"`--temperature {best['temperature']:g} --alpha {best['alpha']:g}`"
+    said = f"**Settings.** We tried other values of {names}, one at a time, {one_seed}. "
     if best["low"] > 0:
-        return [
-            f"**Temperature and alpha.** We tried {names}, {one_seed}. {setting} was better than {usual}: "
-            f"{interval(best)}. Try it with {options}."
-        ]
+        better = f"{setting[0].upper() + setting[1:]} was better than the usual ({usual}): {interval(best)}."
+        return [f"{said}{better} Try it with {options}."]
     return [
-        f"**Temperature and alpha.** We tried {names}, {one_seed}. None was shown to be better than {usual}. The best "
-        f"was {setting} ({interval(best)}); to look closer, give {options}."
+        said + f"None was shown to be better than the usual ({usual}). The best was {setting} ({interval(best)}); to "
+        f"look closer, give {options}."
     ]
 
 

