@@ -1,9 +1,9 @@
 """Chapter 05: what a training step can leave out.
 
-On a CPU, matrix products take less than half of the time of a small student's step. Two other parts of the step have
-no effect on learning: the work on rows of the embedding table that occur in no training text, and random numbers that
-are finer than dropout needs. `lean_training` leaves both out while a model trains. Afterwards the model is an ordinary
-model again.
+On a CPU, matrix products take only a part of the time of a small student's step. Other parts have no effect on
+learning: the work on rows of the embedding table that occur in no training text, random numbers that are finer than
+dropout needs, and, in bfloat16, results of LayerNorm that are written in float32 only to be cast again. `lean_training`
+leaves them out while a model trains. Afterwards the model is an ordinary model again.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ ATTENTION = "lean"
 def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -> Iterator[None]:
     """Train `model` on these texts in less time, as long as the context lasts.
 
-    Losses and gradients are those of ordinary training, with two differences: rows of the embedding table that do not
-    occur keep their values instead of being shrunk by weight decay, and on a CPU dropout draws other masks. What a
-    model has of its own kind is left as it is: an embedding table that scales its rows, or attention that does not go
-    through the interface of transformers, are trained as usual.
+    Losses and gradients are those of ordinary training, with three differences: rows of the embedding table that do not
+    occur keep their values instead of being shrunk by weight decay; on a CPU dropout draws other masks; and on a CPU
+    in bfloat16 what LayerNorm returns is rounded to bfloat16 for all that read it, not for matrix products alone. What
+    a model has of its own kind is left as it is: an embedding table that scales its rows, or attention that does not
+    go through the interface of transformers, are trained as usual.
 
     Args:
         model: changed in place while the context lasts: make the optimiser inside, save the model outside. Its
-            embedding table becomes `SeenRows`; on a CPU its dropout becomes `CoarseDropout`, and so in attention.
+            embedding table becomes `SeenRows`; on a CPU its dropout becomes `CoarseDropout`, and so in attention, and
+            `LayerNorm` becomes `RoundedNorm`.
         token_ids: the token ids of each training text, and of the padding if the model's configuration does not say it.
             In eval mode the model takes any other text as well.
 
@@ -58,9 +60,10 @@ def lean_training(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) ->
             if model.config._attn_implementation == "sdpa":  # others may add to the scores what is not passed on
                 undo.callback(model.set_attn_implementation, "sdpa")
                 model.set_attn_implementation(ATTENTION)
-            dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
-            undo.callback(_become, dropouts, nn.Dropout)
-            _become(dropouts, CoarseDropout)
+            for usual, lean in ((nn.Dropout, CoarseDropout), (nn.LayerNorm, RoundedNorm)):
+                modules = [module for module in model.modules() if type(module) is usual]
+                undo.callback(_become, modules, usual)
+                _become(modules, lean)
         yield
 
 
@@ -154,6 +157,22 @@ class CoarseDropout(nn.Dropout):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Any shape in, the same shape out."""
         return coarse_dropout(values, self.p) if self.training else values
+
+
+class RoundedNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that returns the precision of the matrix products under autocast on a CPU.
+
+    It computes in float32 as always. autocast would also return float32, and each product that reads the result would
+    cast it for itself.
+    """
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Any shape that ends with the normalised one in, the same shape out."""
+        if not (self.training and torch.is_autocast_enabled("cpu")):
+            return super().forward(values)
+        rounded = values.to(torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return F.layer_norm(rounded, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 def _attention(

@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from kd_helpers.config import require_alpha, require_temperature
 
@@ -170,13 +170,14 @@ def _require_labels_in_range(labels: torch.Tensor, *, classes: int) -> None:
 # --- Tokens ---
 #
 # A softmax over a vocabulary of 32,000 for 32 texts of 1,024 tokens takes 4 GB in float32, and a loss needs several. So
-# the losses go through the tokens in chunks. Of each chunk only the sum is kept; what its gradient needs is computed
-# again when it is needed. Each loss is a mean over the tokens that count. Values at other tokens, above all padding,
-# have no effect whatever they are, and where no token counts the loss and its gradient are exactly 0.
+# the losses go through the tokens in chunks. Of each chunk the sum is kept, and the gradient, which is computed at
+# once: nothing else has to be kept, or computed again. Each loss is a mean over the tokens that count. Values at other
+# tokens, above all padding, have no effect whatever they are, and where no token counts the loss and its gradient are
+# exactly 0.
 
-# Logits that are looked at together: 8 MB in float32, which a CPU's cache holds, or half a gigabyte of a GPU's memory,
-# since many small pieces would keep a GPU waiting.
-CHUNK_VALUES = 2**21
+# Logits that are looked at together: 1 MB in float32, which the cache of a CPU's core holds, or half a gigabyte of a
+# GPU's memory, since many small pieces would keep a GPU waiting.
+CHUNK_VALUES = 2**18
 CHUNK_VALUES_ELSEWHERE = 2**27
 
 
@@ -213,10 +214,10 @@ def token_hard_loss(student_logits: TokenLogits, labels: torch.Tensor, *, chunk:
     _require_labels_in_range(labels, classes=vocabulary)
 
     def cross_entropy(student: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(_logits(student, student_logits), chosen, reduction="sum")
+        return F.cross_entropy(student, chosen, reduction="sum")
 
     return _mean_over_tokens(
-        cross_entropy, labels != IGNORE_INDEX, _rows(student_logits), labels, vocabulary=vocabulary, chunk=chunk
+        cross_entropy, labels != IGNORE_INDEX, student_logits, labels, vocabulary=vocabulary, chunk=chunk
     )
 
 
@@ -262,7 +263,7 @@ def token_soft_loss(
         teacher_logits = StatesAndHead(*(tensor.detach() for tensor in teacher_logits))
 
     def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        log_q = F.log_softmax(_logits(student, student_logits) / temperature, dim=-1)
+        log_q = F.log_softmax(student / temperature, dim=-1)
         log_p = F.log_softmax(_logits(teacher, teacher_logits) / temperature, dim=-1)
         if beta == 0:
             return _kl(log_p, log_q)
@@ -274,7 +275,7 @@ def token_soft_loss(
     return temperature**2 * _mean_over_tokens(
         divergence,
         mask,
-        _rows(student_logits),
+        student_logits,
         _rows(teacher_logits).detach(),
         vocabulary=vocabulary,
         chunk=chunk,
@@ -327,7 +328,7 @@ def token_soft_loss_top_k(
 
     def divergence(student: torch.Tensor, top: torch.Tensor, ids: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         ids = ids.long()
-        log_q = F.log_softmax(_logits(student, student_logits) / temperature, dim=-1)
+        log_q = F.log_softmax(student / temperature, dim=-1)
         log_q_top = log_q.gather(-1, ids)
         log_p_top = top.float() / temperature
         if not tail or k == vocabulary:
@@ -340,7 +341,7 @@ def token_soft_loss_top_k(
 
     teacher = (tensor.detach() for tensor in (top_logits, top_ids, log_total))
     return temperature**2 * _mean_over_tokens(
-        divergence, mask, _rows(student_logits), *teacher, vocabulary=vocabulary, chunk=chunk
+        divergence, mask, student_logits, *teacher, vocabulary=vocabulary, chunk=chunk
     )
 
 
@@ -365,37 +366,82 @@ def require_same_vocabulary(student: int, teacher: int) -> None:
 def _mean_over_tokens(
     summed: Callable[..., torch.Tensor],
     mask: torch.Tensor,
-    *tensors: torch.Tensor,
+    student_logits: TokenLogits,
+    *others: torch.Tensor,
     vocabulary: int,
     chunk: int | None,
 ) -> torch.Tensor:
     """The mean of a loss over the tokens whose mask is set.
 
     Args:
-        summed: takes rows `[n, …]` of each of the `tensors` and returns the sum of their losses.
+        summed: takes the student's logits `[n, V]` in float32 and rows `[n, …]` of each of the `others`, and returns
+            the sum of their losses.
         mask: `[B, L]`.
-        tensors: `[B, L, …]`.
+        student_logits: `[B, L, V]`, or states and head; the gradient reaches nothing else.
+        others: `[B, L, …]`.
         vocabulary: V.
         chunk: tokens in one call of `summed`, but at least one of each text; None takes as many as have
             `CHUNK_VALUES` logits.
     """
+    rows = _rows(student_logits)
+    weight = student_logits.weight if isinstance(student_logits, StatesAndHead) else None
     if chunk is None:
-        on_cpu = tensors[0].device.type == "cpu"
-        chunk = (CHUNK_VALUES if on_cpu else CHUNK_VALUES_ELSEWHERE) // vocabulary
-
-    def of_chunk(counts: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-        return summed(*(part[counts] for part in parts))
-
+        chunk = (CHUNK_VALUES if rows.device.type == "cpu" else CHUNK_VALUES_ELSEWHERE) // vocabulary
     mask = mask.bool()
     # Cut along the texts' length, so that logits without their last position need not be copied to be cut.
     length = max(1, chunk // max(1, len(mask)))
-    chunks = list(zip(*(tensor.split(length, dim=1) for tensor in (mask, *tensors)), strict=True))
-    if len(chunks) == 1:  # what it keeps for its gradient is no more than a chunk's anyway
-        total = of_chunk(*chunks[0])
-    else:
-        recomputed = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a loss
-        total = torch.stack([checkpoint(of_chunk, *parts, **recomputed) for parts in chunks]).sum()
-    return total / mask.sum().clamp(min=1)
+    return _SumOverChunks.apply(summed, length, mask, rows, weight, *others) / mask.sum().clamp(min=1)
+
+
+class _SumOverChunks(torch.autograd.Function):
+    """The sum of a loss over tokens, and its gradient, a chunk after the other.
+
+    The gradient takes the memory that the logits' gradient takes anyway, and no chunk is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        summed: Callable[..., torch.Tensor],
+        length: int,
+        mask: torch.Tensor,
+        rows: torch.Tensor,
+        weight: torch.Tensor | None,
+        *others: torch.Tensor,
+    ) -> torch.Tensor:
+        """Go through the chunks; for the arguments see `_mean_over_tokens`."""
+        of_rows, of_weight = ctx.needs_input_grad[3:5]
+        ctx.gradients = (
+            torch.zeros_like(rows) if of_rows else None,
+            torch.zeros_like(weight) if of_weight else None,
+        )
+        total = torch.zeros((), device=rows.device)
+        head = None if weight is None else weight.detach().requires_grad_(of_weight)
+        for first in range(0, mask.shape[1], length):
+            cut = (slice(None), slice(first, first + length))
+            counts = mask[cut]
+            with torch.set_grad_enabled(of_rows or of_weight):
+                chosen = rows[cut][counts].detach().requires_grad_(of_rows)
+                logits = chosen if head is None else F.linear(chosen, head)
+                loss = summed(logits.float(), *(other[cut][counts] for other in others))
+            total += loss.detach()
+            wanted = [tensor for tensor in (chosen, head) if tensor is not None and tensor.requires_grad]
+            found = iter(torch.autograd.grad(loss, wanted)) if wanted else iter(())
+            if of_rows:
+                ctx.gradients[0][cut][counts] = next(found)
+            if of_weight:
+                ctx.gradients[1].add_(next(found))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
+        """The gradients, times that of what was made of the sum."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradient of this loss was used already; compute the loss again.")
+        scaled = (None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        return None, None, None, *scaled, *(None for _ in ctx.needs_input_grad[5:])
 
 
 def _rows(logits: TokenLogits) -> torch.Tensor:

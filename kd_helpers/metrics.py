@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch import nn
 
 from kd_helpers.losses import IGNORE_INDEX
@@ -71,6 +70,8 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
     """
     if bool((labels == IGNORE_INDEX).any()):
         raise ValueError("some texts have no label, so they can't be scored; leave them out.")
+    from sklearn.metrics import accuracy_score, f1_score, recall_score  # here: a first step need not wait for it
+
     predicted = logits.argmax(dim=-1)
     macro = {"average": "macro", "labels": labels.unique(), "zero_division": 0}
     return {

@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import safetensors.torch
 import torch
-from scipy import stats
+from scipy.special import bdtrc
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -282,7 +282,7 @@ def warn_if_teacher_at_chance(teacher_logits: TeacherLogits, labelled: datasets.
     labels = torch.tensor(labelled["label"][:])
     right = int((teacher_logits.lookup(torch.tensor(labelled["id"][:])).argmax(dim=-1) == labels).sum())
     commonest = int(torch.bincount(labels).max())
-    if stats.binomtest(right, len(labels), commonest / len(labels), alternative="greater").pvalue > 0.01:
+    if bdtrc(right - 1, len(labels), commonest / len(labels)) > 0.01:  # the probability of so many or more
         warnings.warn(
             f"the teacher is at chance level: it is right for {right:,} of {len(labels):,} labelled texts, and always "
             f"predicting the commonest class would be right for {commonest:,}. Its student would learn noise; "

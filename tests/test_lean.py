@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM
 
 from kd_helpers.data import evaluation_batches, training_batches
-from kd_helpers.lean import ATTENTION, CoarseDropout, SeenRows, coarse_dropout, lean_training
+from kd_helpers.lean import ATTENTION, CoarseDropout, RoundedNorm, SeenRows, coarse_dropout, lean_training
 from kd_helpers.loop import distill_epoch
 from kd_helpers.metrics import predict
 from kd_helpers.models import model_inputs
@@ -182,6 +183,33 @@ def test_dropout_is_off_outside_training():
     assert torch.equal(CoarseDropout(0.0)(values), values)
     for p in (1.0, 0.999999):
         assert not CoarseDropout(p)(values).any()
+
+
+def test_a_norm_is_rounded_in_training_under_autocast_and_nowhere_else():
+    values = torch.randn(5, 16) + 3
+    usual, rounded = nn.LayerNorm(16), RoundedNorm(16)
+    expected = usual(values)
+    assert torch.equal(rounded(values), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = rounded(values)
+        assert torch.equal(rounded.eval()(values), expected)
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), expected, rtol=2**-7, atol=2**-6)
+    found.float().sum().backward()
+    assert rounded.weight.grad.dtype == torch.float32
+
+
+def test_in_bfloat16_lean_losses_are_those_of_ordinary_training_but_for_rounding(student, tokenized, tokenizer):
+    whole, lean = without_dropout(student), copy.deepcopy(student)
+    batches = list(training_batches(tokenized, tokenizer, 16, seed=0))
+    losses = []
+    for model, context in ((whole, contextlib.nullcontext()), (lean, lean_training(lean, tokenized["input_ids"][:]))):
+        with context:
+            optimizer = make_optimizer(model, learning_rate=1e-3, weight_decay=0.0)
+            settings = {"temperature": 1.0, "alpha": 0.0, "precision": torch.bfloat16}
+            losses.append(distill_epoch(model, batches, optimizer, make_scheduler(optimizer, steps=100), **settings))
+    assert_close(losses[1].total, losses[0].total, rtol=0.02, atol=0.01)
+    assert {type(module) for module in lean.modules()} == {type(module) for module in whole.modules()}
 
 
 def test_the_row_of_the_padding_gets_no_gradient():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -319,31 +320,22 @@ def test_under_autocast_the_product_is_in_bfloat16_and_the_loss_in_float32():
 # --- memory ---
 
 
-def bytes_kept(compute: Callable[[], torch.Tensor], given: list[torch.Tensor]) -> int:
-    """What autograd keeps between the loss and its gradient, what was given left out."""
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = compute()
-    assert loss.requires_grad
-    return sum(size for place, size in kept.items() if place not in {t.untyped_storage().data_ptr() for t in given})
-
-
-def peak_bytes(compute: Callable[[], torch.Tensor]) -> int:
-    """The most memory that is taken at a time for a loss and its gradient, what was there before left out."""
+def bytes_taken(compute: Callable[[], Any]) -> tuple[int, int]:
+    """Of what is computed, what was there before left out: the most memory taken at a time, and what is left."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        compute().backward()
+        kept = compute()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    del kept  # only now, so that it counts as left
+    return peak, live
+
+
+def peak_bytes(compute: Callable[[], torch.Tensor]) -> int:
+    """The most memory that is taken at a time for a loss and its gradient."""
+    return bytes_taken(lambda: compute().backward())[0]
 
 
 def naive_in_one_piece(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
@@ -366,17 +358,18 @@ def of_size(texts: int, tokens: int) -> tuple[StatesAndHead, StatesAndHead, torc
     return student, teacher, torch.ones(texts, tokens)
 
 
-def test_between_loss_and_gradient_nothing_as_large_as_the_logits_is_kept():
+def test_between_loss_and_gradient_nothing_is_kept_but_the_gradient():
     student, teacher, mask = of_size(2, 64)
     logits = (student.states @ student.weight.T).detach().requires_grad_()
     targets = teacher.states @ teacher.weight.T
-    in_chunks = bytes_kept(
-        lambda: token_soft_loss(logits, targets, mask, temperature=1.0, beta=0.5, chunk=16), [logits, targets, mask]
-    )
-    in_one_piece = bytes_kept(lambda: naive_in_one_piece(logits, targets, 0.5), [logits, targets])
+    _, in_chunks = bytes_taken(lambda: token_soft_loss(logits, targets, mask, temperature=1.0, beta=0.5, chunk=16))
+    _, in_one_piece = bytes_taken(lambda: naive_in_one_piece(logits, targets, 0.5))
     size = logits.untyped_storage().nbytes()
     assert in_one_piece > 3 * size
-    assert in_chunks < 0.01 * size
+    assert size <= in_chunks < 1.01 * size
+    with torch.no_grad():
+        _, without = bytes_taken(lambda: token_soft_loss(logits, targets, mask, temperature=1.0, beta=0.5, chunk=16))
+    assert without < 0.01 * size
 
 
 def test_the_peak_of_memory_does_not_grow_with_the_texts():
@@ -597,3 +590,12 @@ def test_the_losses_of_a_classifier_send_here():
         assert name in str(caught.value)
         assert callable(getattr(losses, name)), "the sentence sends a reader there"
     assert losses.__name__ in str(caught.value)
+
+
+def test_the_gradient_of_a_loss_is_used_once():
+    """It is handed out without a copy, so a second use would get the first one's factor as well."""
+    student, teacher = (torch.randn(*MASK.shape, 7) for _ in range(2))
+    loss = token_soft_loss(student.requires_grad_(), teacher, MASK, temperature=2.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
