@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import functools
-import gc
 import statistics
 import sys
 import tempfile
@@ -47,6 +45,8 @@ from kd_helpers.config import DistillConfig, expanded
 from kd_helpers.data import PAD_TO_MULTIPLE_OF, evaluation_batches, tokenize, training_batches
 from kd_helpers.experiments import RESULTS
 from kd_helpers.experiments.environment import environment
+from kd_helpers.experiments.memory import peak_memory
+from kd_helpers.experiments.overheads import evaluation_cost, run_cost, time_to_first_step
 from kd_helpers.experiments.statistics import mean_interval
 from kd_helpers.experiments.study import made_with
 from kd_helpers.lean import lean_training
@@ -196,34 +196,45 @@ def hugging_face_trainer(bench: Bench, student: PreTrainedModel, seed: int) -> N
 
 def plain_fine_tuning(bench: Bench, student: PreTrainedModel, seed: int) -> None:
     """The course's loop with alpha 0: what training the student costs when nobody teaches."""
-    _train(bench, student, _without_logits(bench), seed, alpha=0.0)
+    _train(dataclasses.replace(bench, config=bench.config.replace(alpha=0.0)), student, _without_logits(bench), seed)
 
 
 def distillation_cold(bench: Bench, student: PreTrainedModel, seed: int) -> None:
     """The course's loop on a machine that has no teacher logits yet."""
-    _train(bench, student, _with_fresh_logits(bench), seed, alpha=bench.config.alpha)
+    _train(bench, student, _with_fresh_logits(bench), seed)
 
 
 def distillation_warm(bench: Bench, student: PreTrainedModel, seed: int) -> None:
     """The course's loop with cached teacher logits, as in every run but the first."""
-    _train(bench, student, bench.texts, seed, alpha=bench.config.alpha)
+    _train(bench, student, bench.texts, seed)
 
 
 def distillation_float32(bench: Bench, student: PreTrainedModel, seed: int) -> None:
     """The same in float32, against which the accuracy of the faster precision is held."""
-    single = dataclasses.replace(bench, precision=torch.float32)
-    _train(single, student, bench.texts, seed, alpha=bench.config.alpha)
+    _train(dataclasses.replace(bench, precision=torch.float32), student, bench.texts, seed)
 
 
 def distillation_not_lean(bench: Bench, student: PreTrainedModel, seed: int) -> None:
     """The same without `lean_training`: the whole embedding table, torch's own dropout and attention."""
-    _train(bench, student, bench.texts, seed, alpha=bench.config.alpha, lean=False)
+    _train(dataclasses.replace(bench, config=bench.config.replace(lean=False)), student, bench.texts, seed)
+
+
+def distillation_online(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The same, but the teacher runs at every step."""
+    _train(bench, student, _without_logits(bench), seed, teacher=bench.teacher)
+
+
+def distillation_random_batches(bench: Bench, student: PreTrainedModel, seed: int) -> None:
+    """The same with texts of any length in a batch."""
+    _train(bench, student, bench.texts, seed, pool_batches=1)
 
 
 WAYS: dict[str, Callable[[Bench, PreTrainedModel, int], None]] = {
     "usual loop": usual_loop,
     "Trainer, online teacher": hugging_face_trainer,
+    "distillation, online teacher": distillation_online,
     "distillation, float32": distillation_float32,
+    "distillation, random batches": distillation_random_batches,
     "distillation, not lean": distillation_not_lean,
     "distillation, cold": distillation_cold,
     "distillation": distillation_warm,
@@ -238,7 +249,9 @@ DESCRIPTIONS = {
     "bfloat16 where the machine is faster with it",
     "distillation, cold": "the same, after running the teacher once over the texts",
     "distillation, not lean": "the same with `lean=False`",
+    "distillation, random batches": "the same with texts of any length in a batch",
     "distillation, float32": "the same in float32",
+    "distillation, online teacher": "the same, but the teacher runs at every step",
     "fine-tuning": "the course's loop without a teacher (alpha 0)",
 }
 
@@ -265,13 +278,20 @@ def _loss(bench: Bench, student_logits: torch.Tensor, teacher_logits: torch.Tens
     return distillation_loss(student_logits, teacher_logits, labels, **settings).total
 
 
-def _train(bench: Bench, student: PreTrainedModel, texts: datasets.Dataset, seed: int, **settings: float) -> None:
+def _train(
+    bench: Bench,
+    student: PreTrainedModel,
+    texts: datasets.Dataset,
+    seed: int,
+    *,
+    teacher: PreTrainedModel | None = None,
+    pool_batches: int | None = None,
+) -> None:
+    batches = training_batches(texts, bench.tokenizer, bench.config.batch_size, seed=seed)
+    if pool_batches is not None:
+        batches.batch_sampler.pool_batches = pool_batches
     train_classifier(
-        student,
-        training_batches(texts, bench.tokenizer, bench.config.batch_size, seed=seed),
-        config=bench.config.replace(**settings),
-        precision=bench.precision,
-        description="Training",
+        student, batches, config=bench.config, precision=bench.precision, teacher=teacher, description="Training"
     )
 
 
@@ -324,35 +344,6 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-@contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fill in `peak_megabytes` within: the most that was held above what was held before.
-
-    Of the GPU, or of the process where Linux tells; NaN elsewhere.
-    """
-    found = {"peak_megabytes": float("nan")}
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield found
-        found["peak_megabytes"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-        return
-    before = float("nan")
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else what earlier ways freed is still held, and hides what this one takes
-        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
-        before = _held_megabytes("VmRSS")
-    yield found
-    with contextlib.suppress(OSError):
-        found["peak_megabytes"] = _held_megabytes("VmHWM") - before
-
-
-def _held_megabytes(what: str) -> float:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith(what)).split()[1]) / 1e3
-
-
 def sweep_cost(bench: Bench) -> dict[str, float]:
     """What twelve settings of T and alpha cost, the teacher logits included, against twelve plain trainings.
 
@@ -361,11 +352,13 @@ def sweep_cost(bench: Bench) -> dict[str, float]:
     """
     with_logits: list[datasets.Dataset] = []
     sweep = timed(lambda: with_logits.append(_with_fresh_logits(bench)), bench.device)
-    plain, plain_texts = 0.0, _without_logits(bench)
+    plain = 0.0
     for temperature, alpha in tqdm(SWEPT_SETTINGS, desc="Sweep", unit="setting", leave=False):
-        options = {"alpha": alpha, "temperature": temperature}
-        distil = functools.partial(_train, bench, bench.student(0), with_logits[0], 0, **options)
-        fine_tune = functools.partial(_train, bench, bench.student(0), plain_texts, 0, alpha=0.0)
+        changed = bench.config.replace(alpha=alpha, temperature=temperature)
+        distil = functools.partial(
+            _train, dataclasses.replace(bench, config=changed), bench.student(0), with_logits[0], 0
+        )
+        fine_tune = functools.partial(plain_fine_tuning, bench, bench.student(0), 0)
         sweep += timed(distil, bench.device)
         plain += timed(fine_tune, bench.device)
     return {"settings": len(SWEPT_SETTINGS), "sweep_seconds": sweep, "plain_seconds": plain, "ratio": sweep / plain}
@@ -491,7 +484,9 @@ def run(shape: str, config: DistillConfig, *, rounds: int, compiled: bool) -> di
 
     Returns:
         JSON-ready: `made_with`, `shape`, `config`, `ways` (see `time_ways`), `sweep` (see `sweep_cost`), `step` by
-        precision (see `step_share`), `profile` (see `step_profile`) and, if asked for, `compile` (see `compile_cost`).
+        precision (see `step_share`), `profile` (see `step_profile`), `evaluation` (see `evaluation_cost`), with the
+        shape "offline" `run` and `start` (see `run_cost` and `time_to_first_step`), and, if asked for, `compile` (see
+        `compile_cost`).
     """
     bench = prepare_bench(shape, config)
     short = dataclasses.replace(bench, texts=bench.texts.select(range(min(64, len(bench.texts)))))
@@ -512,6 +507,8 @@ def run(shape: str, config: DistillConfig, *, rounds: int, compiled: bool) -> di
         "sweep": sweep_cost(bench),
         "step": {_name(precision): step_share(bench, precision) for precision in precisions},
         "profile": step_profile(bench),
+        "evaluation": evaluation_cost(bench.student(0).eval(), bench.validation, bench.tokenizer, bench.precision),
+        **({"run": run_cost(config), "start": time_to_first_step(config)} if shape == "offline" else {}),
         **({"compile": compile_cost(bench)} if compiled else {}),
     }
 
@@ -568,11 +565,16 @@ def targets(result: dict[str, Any]) -> pd.DataFrame:
     settings = len(SWEPT_SETTINGS)
     rows = [
         ("time of distillation / fine-tuning", ratio(result, "distillation", "fine-tuning"), "≤", 1.03),
-        ("time of usual loop / distillation", ratio(result, "usual loop", "distillation"), "≥", 6.0),
-        ("time of Trainer / distillation", ratio(result, "Trainer, online teacher", "distillation"), "≥", 2.0),
+        ("time of usual loop / distillation", ratio(result, "usual loop", "distillation"), "≥", 7.0),
+        ("time of Trainer / distillation", ratio(result, "Trainer, online teacher", "distillation"), "≥", 3.0),
         (f"time of {settings} settings, teacher run once / {settings} fine-tunings", sweep, "≤", 1.08),
-        (f"share of the machine's peak in a step of {STEP_BATCH_SIZE} texts", share, "≥", 0.4),
+        (f"share of the machine's peak in a step of {STEP_BATCH_SIZE} texts", share, "≥", 0.3),
     ]
+    if "evaluation" in result:  # results of version 0.4.0 and before lack it
+        rows.append(("time of evaluation / forward passes alone", result["evaluation"]["ratio"], "≤", 1.3))
+    if "run" in result:
+        rows.append(("seconds of a run outside steps and evaluations", result["run"]["outside"], "≤", 3.0))
+        rows.append(("seconds from import to the first step", result["start"]["first_step"], "≤", 5.0))
     table = pd.DataFrame(rows, columns=["", "measured", "sign", "target"]).set_index("")
     below = table["measured"] <= table["target"]
     table["met"] = below.where(table["sign"] == "≤", table["measured"] >= table["target"])

@@ -45,6 +45,7 @@ import torch
 from kd_helpers import artifacts
 from kd_helpers.experiments import RESULTS
 from kd_helpers.experiments.conformance_toolkits import TOOLKITS, Batch, Call, Toolkit
+from kd_helpers.experiments.token_speed import compared
 
 TOLERANCE = 1e-6  # relative, of value and gradient
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -436,7 +437,11 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def measure_toolkit(toolkit: Toolkit) -> dict[str, Any]:
-    """The rows of a toolkit that is installed here, and why calls of it could not run."""
+    """The rows of a toolkit that is installed here, and why calls of it could not run.
+
+    A row has the `reading`, the `verdict` and the errors (see `measure`), and of a call that is timed `speed` (see
+    `token_speed.compared`).
+    """
     package = re.split("[<=>]", toolkit.requirements[0])[0]
     version = importlib.metadata.version(package)
     found: dict[str, Any] = {"toolkit": toolkit.name, "version": version, "rows": [], "not_run": []}
@@ -446,7 +451,8 @@ def measure_toolkit(toolkit: Toolkit) -> dict[str, Any]:
         except Exception as error:  # whatever a toolkit raises is the answer
             found["not_run"].append({"call": call.name, "reason": reason(error)})
         else:
-            found["rows"].append(row | {"verdict": verdict(row)})
+            speed = {"speed": compared(call)} if call.timed else {}
+            found["rows"].append(row | {"verdict": verdict(row)} | speed)
     return found
 
 
@@ -574,6 +580,25 @@ def translation_table(result: Mapping[str, Any]) -> pd.DataFrame:
                 "for our T and alpha, set": f"{instruction(row)} (*{verdict(row)}*)",
             }
             for row in rows(result)
+        ]
+    )
+
+
+def speed_table(result: Mapping[str, Any]) -> pd.DataFrame:
+    """Time and memory of other toolkits' token losses against ours, in Markdown."""
+    return pd.DataFrame(
+        [
+            {
+                "loss": f"{row['toolkit']} {row['version']}, `{row['call']}`",
+                "vocabulary": f"{speed['vocabulary']:,}",
+                "ms": f"{1e3 * speed['seconds']:.0f}",
+                "ours, ms": f"{1e3 * speed['ours_seconds']:.0f}",
+                "times ours": f"{speed['times']:.1f}",
+                "MB": f"{speed['megabytes']:.0f}",
+                "ours, MB": f"{speed['ours_megabytes']:.0f}",
+            }
+            for row in rows(result)
+            for speed in row.get("speed", ())
         ]
     )
 

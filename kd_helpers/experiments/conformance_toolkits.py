@@ -42,6 +42,7 @@ class Call:
             None: the toolkit has the soft loss only, and its user adds the hard loss and both weights.
         takes_temperature: otherwise the user divides the logits.
         tokens: whether it takes `[B, L, V]` too.
+        timed: whether its time and memory are held against ours (see `token_speed`).
         precision: the widest in which it computes.
     """
 
@@ -50,6 +51,7 @@ class Call:
     weights: tuple[str, ...] = ()
     takes_temperature: bool = True
     tokens: bool = False
+    timed: bool = False
     precision: torch.dtype = torch.float64
 
 
@@ -251,6 +253,14 @@ def torchtune_forward_kl(batch: Batch) -> torch.Tensor:  # pragma: no cover
     return load("torchtune.modules.loss").ForwardKLLoss()(*batch)
 
 
+def torchtune_chunked(batch: Batch, chunks: int = 8) -> torch.Tensor:  # pragma: no cover
+    """torchtune's ForwardKLWithChunkedOutputLoss, which takes lists of logits, cut along the texts' length."""
+    loss = load("torchtune.modules.loss").ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
+    student, teacher = (part if part.ndim == 3 else part[None] for part in (batch.student, batch.teacher))
+    labels = batch.labels if batch.labels.ndim == 2 else batch.labels[None]
+    return loss([*student.chunk(chunks, dim=1)], [*teacher.chunk(chunks, dim=1)], labels)
+
+
 def swift_gkd_loss(batch: Batch, temperature: float) -> torch.Tensor:  # pragma: no cover
     """ms-swift's gkd_loss as forward KL, divided by the number of tokens as its trainer does."""
     gkd = load("swift.rlhf_trainers.gkd_loss")
@@ -303,6 +313,7 @@ class _Returning(nn.Module):
 
 
 TOKENS = {"tokens": True}
+TORCHTUNE = {"takes_temperature": False, "precision": torch.float32, "tokens": True, "timed": True}
 TOOLKITS = (
     Toolkit(
         "this course",
@@ -381,7 +392,7 @@ TOOLKITS = (
         "trl",
         ("trl==1.16.0",),
         (
-            Call("generalized_jsd_loss(beta=0)", partial(trl_generalized_jsd, beta=0.0), **TOKENS),
+            Call("generalized_jsd_loss(beta=0)", partial(trl_generalized_jsd, beta=0.0), timed=True, **TOKENS),
             Call("generalized_jsd_loss", trl_generalized_jsd, **TOKENS),
             Call("GKDTrainer(beta=0)", trl_gkd_trainer, **TOKENS),
             Call("DistillationTrainer(beta=0)", trl_distillation_trainer, precision=torch.float32, **TOKENS),
@@ -394,9 +405,12 @@ TOOLKITS = (
             *("omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3", "blobfile==3.3.0", "lxml==6.1.3"),
             "pycryptodomex==3.24.2",
         ),
-        (Call("ForwardKLLoss", torchtune_forward_kl, takes_temperature=False, precision=torch.float32, **TOKENS),),
+        (
+            Call("ForwardKLLoss", torchtune_forward_kl, **TORCHTUNE),
+            Call("ForwardKLWithChunkedOutputLoss", torchtune_chunked, **TORCHTUNE),
+        ),
     ),
-    Toolkit("ms-swift", ("ms-swift==4.6.0",), (Call("gkd_loss(beta=0)", swift_gkd_loss, **TOKENS),)),
+    Toolkit("ms-swift", ("ms-swift==4.6.0",), (Call("gkd_loss(beta=0)", swift_gkd_loss, timed=True, **TOKENS),)),
     Toolkit(
         "Liger Kernel",
         ("liger-kernel==0.8.5",),

@@ -19,6 +19,7 @@ from kd_helpers.course import plots
 from kd_helpers.data import evaluation_batches
 from kd_helpers.experiments import benchmark
 from kd_helpers.experiments.benchmark import WAYS, Bench
+from kd_helpers.experiments.memory import peak_memory
 from kd_helpers.lean import lean_training
 from kd_helpers.losses import soft_loss
 from kd_helpers.metrics import predict
@@ -61,7 +62,9 @@ def texts_read(model: torch.nn.Module) -> list[int]:
         ("Trainer, online teacher", EPOCHS),
         ("distillation, cold", 1),
         ("distillation", 0),
+        ("distillation, online teacher", EPOCHS),
         ("distillation, float32", 0),
+        ("distillation, random batches", 0),
         ("distillation, not lean", 0),
         ("fine-tuning", 0),
     ],
@@ -112,7 +115,7 @@ def test_only_the_way_that_is_not_lean_does_without(bench, monkeypatch):
     for way in WAYS:
         current.append(way)
         WAYS[way](bench, bench.student(0), 0)
-    courses = {"distillation", "distillation, cold", "distillation, float32", "fine-tuning"}
+    courses = {way for way in WAYS if way.startswith("distillation")} - {"distillation, not lean"} | {"fine-tuning"}
     assert sorted(entered) == sorted(courses), "once for each training, and never by the others"
 
 
@@ -234,18 +237,18 @@ def test_kernels_have_their_kind(kernel, kind):
 
 
 def test_peak_memory_sees_what_is_held_for_a_moment():
-    with benchmark.peak_memory(torch.device("cpu")) as nothing:
+    with peak_memory(torch.device("cpu")) as nothing:
         pass
     if np.isnan(nothing["peak_megabytes"]):
         pytest.skip("this system does not tell")
-    with benchmark.peak_memory(torch.device("cpu")) as memory:
+    with peak_memory(torch.device("cpu")) as memory:
         torch.ones(100_000_000)
     assert nothing["peak_megabytes"] < 50
     assert 350 < memory["peak_megabytes"] < 500
 
 
 def result() -> dict:
-    seconds = {"usual loop": (12, 14, 26), "Trainer, online teacher": (4, 4, 8), "distillation, cold": (3, 3, 6)}
+    seconds = {"usual loop": (14, 15, 30), "Trainer, online teacher": (6, 6, 12), "distillation, cold": (3, 3, 6)}
     seconds |= {"distillation": (2, 2, 4), "distillation, float32": (6, 6, 12), "fine-tuning": (2, 1.9, 4)}
     seconds |= {"distillation, not lean": (3, 3, 6)}
     rows = [
@@ -254,7 +257,7 @@ def result() -> dict:
         for way, values in seconds.items()
         for turn, value in enumerate(values)
     ]
-    step = {"milliseconds": 1.0, "gigaflops": 30.0, "peak_gigaflops": 100.0, "share": 0.3}
+    step = {"milliseconds": 1.0, "gigaflops": 20.0, "peak_gigaflops": 100.0, "share": 0.2}
     return {
         "made_with": {"torch": "2", "precision": "bfloat16", "threads": 2, "processor": "a CPU"},
         "shape": "offline",
@@ -263,14 +266,17 @@ def result() -> dict:
         "sweep": {"ratio": 1.05},
         "step": {"bfloat16": step, "float32": step},
         "profile": {"matrix products": 0.6, "other": 0.4},
+        "evaluation": {"ratio": 1.2},
+        "run": {"outside": 2.5},
+        "start": {"first_step": 5.5},
     }
 
 
 def test_ratios_are_taken_within_a_round():
-    assert benchmark.ratio(result(), "usual loop", "distillation") == 6.5
+    assert benchmark.ratio(result(), "usual loop", "distillation") == 7.5
     table = benchmark.ways_table(result())
-    assert table.loc["usual loop", "times"] == 6.5
-    assert table.loc["usual loop", "seconds"] == 14
+    assert table.loc["usual loop", "times"] == 7.5
+    assert table.loc["usual loop", "seconds"] == 15
     assert table.index[0] == "usual loop"
     difference, low, high = benchmark.accuracy_gap(result(), "distillation", "usual loop")
     assert [difference, low, high] == pytest.approx([-0.01] * 3)
@@ -279,11 +285,14 @@ def test_ratios_are_taken_within_a_round():
 def test_targets_are_met_or_not():
     met = benchmark.targets(result())["met"].to_dict()
     assert [name for name, reached in met.items() if not reached] == [
-        "share of the machine's peak in a step of 64 texts"
+        "share of the machine's peak in a step of 64 texts",
+        "seconds from import to the first step",
     ]
     slow = result()
     slow["sweep"]["ratio"] = 1.2
-    assert benchmark.targets(slow)["met"].sum() == 3
+    assert benchmark.targets(slow)["met"].sum() == 5
+    del slow["evaluation"], slow["run"], slow["start"]
+    assert benchmark.targets(slow)["met"].sum() == 3, "results of older versions"
 
 
 def test_compiling_trains_the_same_way(bench, monkeypatch):
@@ -300,7 +309,7 @@ def test_every_way_is_described():
 
 def test_the_report_says_where_and_what():
     text = benchmark.report(result())
-    for part in ("a CPU, 2 threads", "usual loop", "30 of 100 GFLOP/s: 30.0%", "matrix products", "-0.010"):
+    for part in ("a CPU, 2 threads", "usual loop", "20 of 100 GFLOP/s: 20.0%", "matrix products", "-0.010"):
         assert part in text
 
 
