@@ -9,7 +9,7 @@ from kd_helpers.course.blocks import write_block
 from kd_helpers.course.costs import stored_costs
 from kd_helpers.course.notebooks import notebook_paths, question, title
 from kd_helpers.course.numbers import number
-from kd_helpers.experiments import benchmark, comparison, verdict_study
+from kd_helpers.experiments import benchmark, comparison, conformance, token_speed, verdict_study
 from kd_helpers.experiments.study import origin
 
 RESULTS_FIGURE = "kd_helpers/experiments/results/comparison.png"
@@ -171,11 +171,43 @@ def benchmark_tables() -> str:
             f"A step of {step['batch_size']} tweets takes {step['milliseconds']:.0f} ms and reaches "
             f"{step['gigaflops']:,.0f} GFLOP/s; the fastest large matrix product {step['peak_gigaflops']:,.0f}.",
             f"Where the time of a step goes: {profile}.",
+            *_about_runs(stored),
             f"With `torch.compile` the same training takes {seconds['compiled_first']:.0f} s the first time, "
             f"compilation included, {seconds['compiled_again']:.1f} s again and {seconds['uncompiled']:.1f} s without "
             "(one run each), so it is off.",
             f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
             f"{made['precision']}.",
+        ]
+    )
+
+
+def _about_runs(stored: dict[str, Any]) -> list[str]:
+    """What evaluations and runs take beside training steps, if the benchmark measured it."""
+    if "evaluation" not in stored or "run" not in stored:
+        return []
+    evaluation, run, start = stored["evaluation"], stored["run"], stored["start"]
+    return [
+        f"Evaluating {evaluation['texts']:,} tweets takes {evaluation['seconds']:.1f} s; forward passes alone, in the "
+        f"fastest batches (of {evaluation['batch_size']}), take {evaluation['forward_seconds']:.1f} s.",
+        f"A whole run of `distill` with a teacher that is there took {run['seconds']:.1f} s: {run['steps']:.1f} s for "
+        f"training steps, {run['evaluations']:.1f} s for evaluations and {run['outside']:.1f} s for everything else.",
+        f"A fresh process makes its first step after {start['first_step']:.1f} s, most of which is loading PyTorch, "
+        "transformers and datasets.",
+    ]
+
+
+def token_losses() -> str:
+    """The table of token losses against those of other toolkits, from the stored comparison."""
+    stored = conformance.stored_conformance()
+    sizes = " and ".join(
+        f"{texts * tokens:,} (vocabulary {vocabulary:,})" for texts, tokens, vocabulary in token_speed.SHAPES
+    )
+    return "\n".join(
+        [
+            conformance.as_markdown(conformance.speed_table(stored)),
+            "",
+            f"Loss and gradient of {sizes} tokens, of which a quarter does not count: medians of {token_speed.ROUNDS} "
+            f"rounds in which both took turns. MB: the most memory held above the logits. {origin(stored)}",
         ]
     )
 
@@ -221,4 +253,5 @@ def write_readme() -> None:
     write_block("table", results_table(), by="results", page="docs/results.md")
     speed_block = f"![{speed_alt}](../{BENCHMARK_FIGURE})\n\n{benchmark_tables()}"
     write_block("verdicts", verdicts(), by="study", page="docs/verdict.md")
+    write_block("tokens", token_losses(), by="conformance", page="docs/speed.md")
     write_block("benchmark", speed_block, by="benchmark", page="docs/speed.md")

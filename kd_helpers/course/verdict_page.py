@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -549,7 +550,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers verd
     Returns:
         Exit status: 0. A request that can't be met exits with 2.
     """
-    parser = _parser(prog)
+    parser, started = _parser(prog), time.monotonic()
     chosen = parser.parse_args(arguments)
     try:
         sizes = {}
@@ -563,4 +564,5 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers verd
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     print(f"\n{answers.partition('|')[0].replace('**', '').strip()}\n\nThe page: {out / 'verdict.html'}")
+    print(f"This call took {_minutes(time.monotonic() - started)}.")
     return 0
