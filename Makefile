@@ -106,6 +106,7 @@ benchmark: $(READY) ## time the loop against the usual ways, and how fast models
 
 conformance: $(READY) ## run the losses of other toolkits on the same logits, each installed for itself; three minutes
 	$(BIN)/python -m kd_helpers conformance
+	$(BIN)/python -m kd_helpers course readme
 
 publish: $(READY) ## write REPO=owner/name and REF=tag into every badge and set-up cell
 	$(BIN)/python -m kd_helpers course publish -- "$$REPO" "$$REF"

@@ -163,16 +163,16 @@ class RoundedNorm(nn.LayerNorm):
     """`nn.LayerNorm` that returns the precision of the matrix products under autocast on a CPU.
 
     It computes in float32 as always. autocast would also return float32, and each product that reads the result would
-    cast it for itself.
+    cast it for itself. Where a sum of such results is normalised again, as in BERT, it is read in that precision too.
     """
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Any shape that ends with the normalised one in, the same shape out."""
         if not (self.training and torch.is_autocast_enabled("cpu")):
             return super().forward(values)
-        rounded = values.to(torch.get_autocast_dtype("cpu"))
+        precision = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
-            return F.layer_norm(rounded, self.normalized_shape, self.weight, self.bias, self.eps)
+            return F.layer_norm(values, self.normalized_shape, self.weight, self.bias, self.eps).to(precision)
 
 
 def _attention(

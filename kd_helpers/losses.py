@@ -176,8 +176,10 @@ def _require_labels_in_range(labels: torch.Tensor, *, classes: int) -> None:
 # exactly 0.
 
 # Logits that are looked at together: 1 MB in float32, which the cache of a CPU's core holds, or half a gigabyte of a
-# GPU's memory, since many small pieces would keep a GPU waiting.
+# GPU's memory, since many small pieces would keep a GPU waiting. With a head it is more on a CPU as well, since each
+# chunk adds a gradient as large as the head.
 CHUNK_VALUES = 2**18
+CHUNK_VALUES_WITH_HEAD = 2**21
 CHUNK_VALUES_ELSEWHERE = 2**27
 
 
@@ -386,11 +388,13 @@ def _mean_over_tokens(
     rows = _rows(student_logits)
     weight = student_logits.weight if isinstance(student_logits, StatesAndHead) else None
     if chunk is None:
-        chunk = (CHUNK_VALUES if rows.device.type == "cpu" else CHUNK_VALUES_ELSEWHERE) // vocabulary
+        on_cpu = CHUNK_VALUES if weight is None else CHUNK_VALUES_WITH_HEAD
+        chunk = (on_cpu if rows.device.type == "cpu" else CHUNK_VALUES_ELSEWHERE) // vocabulary
     mask = mask.bool()
     # Cut along the texts' length, so that logits without their last position need not be copied to be cut.
     length = max(1, chunk // max(1, len(mask)))
-    return _SumOverChunks.apply(summed, length, mask, rows, weight, *others) / mask.sum().clamp(min=1)
+    total = _SumOverChunks.apply(summed, length, torch.is_grad_enabled(), mask, rows, weight, *others)
+    return total / mask.sum().clamp(min=1)
 
 
 class _SumOverChunks(torch.autograd.Function):
@@ -404,18 +408,23 @@ class _SumOverChunks(torch.autograd.Function):
         ctx: Any,
         summed: Callable[..., torch.Tensor],
         length: int,
+        recorded: bool,
         mask: torch.Tensor,
         rows: torch.Tensor,
         weight: torch.Tensor | None,
         *others: torch.Tensor,
     ) -> torch.Tensor:
-        """Go through the chunks; for the arguments see `_mean_over_tokens`."""
-        of_rows, of_weight = ctx.needs_input_grad[3:5]
+        """Go through the chunks, each `length` tokens of every text; for the other arguments see `_mean_over_tokens`.
+
+        Here autograd records nothing, so `recorded` says whether it does where the loss is asked for.
+        """
+        of_rows, of_weight = (recorded and needed for needed in ctx.needs_input_grad[4:6])
         ctx.gradients = (
             torch.zeros_like(rows) if of_rows else None,
-            torch.zeros_like(weight) if of_weight else None,
+            torch.zeros_like(weight, dtype=torch.float32) if of_weight else None,  # a sum of many small parts
         )
-        total = torch.zeros((), device=rows.device)
+        ctx.weight_type = None if weight is None else weight.dtype
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
         head = None if weight is None else weight.detach().requires_grad_(of_weight)
         for first in range(0, mask.shape[1], length):
             cut = (slice(None), slice(first, first + length))
@@ -440,8 +449,10 @@ class _SumOverChunks(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradient of this loss was used already; compute the loss again.")
-        scaled = (None if gradient is None else gradient.mul_(factor) for gradient in gradients)
-        return None, None, None, *scaled, *(None for _ in ctx.needs_input_grad[5:])
+        of_rows, of_weight = (None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        if of_weight is not None:
+            of_weight = of_weight.to(ctx.weight_type)
+        return None, None, None, None, of_rows, of_weight, *(None for _ in ctx.needs_input_grad[6:])
 
 
 def _rows(logits: TokenLogits) -> torch.Tensor:

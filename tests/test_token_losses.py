@@ -592,6 +592,32 @@ def test_the_losses_of_a_classifier_send_here():
     assert losses.__name__ in str(caught.value)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_is_computed(context):
+    states, weight = numbers(*MASK.shape, 4, seed=0), torch.nn.Parameter(numbers(7, 4, seed=1))
+    teacher = numbers(*MASK.shape, 7, seed=2)
+    expected = token_soft_loss(StatesAndHead(states, weight), teacher, MASK, temperature=2.0)
+    assert expected.requires_grad
+    with context():
+        found = token_soft_loss(StatesAndHead(states, weight), teacher, MASK, temperature=2.0)
+        assert not found.requires_grad
+        assert torch.equal(found, expected)
+
+
+def test_the_gradient_of_a_head_in_bfloat16_is_summed_in_float32():
+    """Many chunks, each of which adds little: in bfloat16 most of them would be rounded away."""
+    states, weight = numbers(1, 4000, 4, seed=0), numbers(7, 4, seed=1)
+    teacher, mask = numbers(1, 4000, 7, seed=2), torch.ones(1, 4000)
+    found = []
+    for chunk in (1, 4000):
+        head = weight.bfloat16().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            token_soft_loss(StatesAndHead(states, head), teacher, mask, temperature=1.0, chunk=chunk).backward()
+        assert head.grad.dtype == torch.bfloat16
+        found.append(head.grad.float())
+    assert_close(found[0], found[1], rtol=0.02, atol=1e-3)
+
+
 def test_the_gradient_of_a_loss_is_used_once():
     """It is handed out without a copy, so a second use would get the first one's factor as well."""
     student, teacher = (torch.randn(*MASK.shape, 7) for _ in range(2))

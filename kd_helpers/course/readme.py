@@ -207,7 +207,8 @@ def token_losses() -> str:
             conformance.as_markdown(conformance.speed_table(stored)),
             "",
             f"Loss and gradient of {sizes} tokens, of which a quarter does not count: medians of {token_speed.ROUNDS} "
-            f"rounds in which both took turns. MB: the most memory held above the logits. {origin(stored)}",
+            "rounds in which both took turns. Each row was measured by itself, so only numbers of one row can be "
+            f"compared. MB: the most memory held above the logits. {origin(stored)}",
         ]
     )
 

@@ -24,6 +24,7 @@ from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES
 from kd_helpers.experiments.verdict import EFFECT, TEACHER, verdict
 from kd_helpers.experiments.verdict_plan import FALLS
 from kd_helpers.experiments.verdict_runs import DISTILLED, UNIFORM
+from kd_helpers.loop import DivergedError
 
 ALL_LABELS = 10_000  # labelled texts that teacher and student take from a file, unless somebody says otherwise
 UNITS = {"h": 3600, "m": 60, "s": 1}
@@ -165,9 +166,19 @@ def _about_unfinished(result: Mapping[str, Any]) -> list[str]:
     names = ", ".join(f"“{title_of(result, name)}”" for name in result["unfinished"])
     return [
         f"**More steps.** At {int(lengths[-1]):,} steps these were still improving over {int(lengths[-2]):,}: {names}. "
-        f"Run the command again with a larger budget, for example `--budget {budget_of(result)}`; what is trained "
-        "already is used again."
+        f"Run the command again with a larger budget, for example {_larger_budget(result)}"
     ]
+
+
+def _larger_budget(result: Mapping[str, Any]) -> str:
+    """How to go on with more time. Where texts were cut, a larger budget alone would buy whole texts, not steps."""
+    config, before = result["config"], result["before"]
+    options = f"`--budget {budget_of(result)}`"
+    if config["max_length"] < before["max_length"]:
+        return f"{options} with `--max-length {config['max_length']}`, so that the time is spent on steps."
+    if split_size(result, "teacher_train") < before["labelled"]:
+        return f"{options}."
+    return f"{options}; what is trained already is used again."
 
 
 def _about_teacher(result: Mapping[str, Any]) -> list[str]:
@@ -224,12 +235,10 @@ def _about_settings(result: Mapping[str, Any]) -> list[str]:
         return []
     best = max(tried, key=lambda one: one["gain"])
     changed = {name: form for name, form in SETTINGS.items() if best[name] != config[name]}
-    setting = " and ".join(f"{form} {best[name]:.2g}" for name, form in changed.items())
-    options = " ".join(f"`--{name.replace('_', '-')} {best[name]:.2g}`" for name in changed)
-    names = " and ".join(
-        dict.fromkeys(SETTINGS[name] for one in tried for name in SETTINGS if one[name] != config[name])
-    )
-    usual = ", ".join(f"{form} {config[name]:.2g}" for name, form in SETTINGS.items())
+    setting = " and ".join(f"{form} {best[name]:.3g}" for name, form in changed.items())
+    options = " ".join(f"`--{name.replace('_', '-')} {best[name]:.3g}`" for name in changed)
+    names = ", ".join(dict.fromkeys(SETTINGS[name] for one in tried for name in SETTINGS if one[name] != config[name]))
+    usual = ", ".join(f"{form} {config[name]:.3g}" for name, form in SETTINGS.items())
     one_seed = f"with one seed on {split_size(result, 'validation'):,} validation texts"
     said = f"**Settings.** We tried other values of {names}, one at a time, {one_seed}. "
     if best["low"] > 0:
@@ -561,7 +570,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers verd
         name = Path(config.data or config.preset).stem
         out = Path(expanded(chosen.out or artifacts.artifacts_dir() / "verdicts" / name, "--out"))
         answers = ask_for_page(config, chosen.budget, out, effect=chosen.effect / 100, measure=chosen.measure)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, DivergedError, MemoryError) as error:
         parser.error(str(error))
     print(f"\n{answers.partition('|')[0].replace('**', '').strip()}\n\nThe page: {out / 'verdict.html'}")
     print(f"This call took {_minutes(time.monotonic() - started)}.")

@@ -448,10 +448,10 @@ def measure_toolkit(toolkit: Toolkit) -> dict[str, Any]:
     for call in toolkit.calls:
         try:
             row = measure(call)
+            speed = {"speed": compared(call)} if call.timed else {}
         except Exception as error:  # whatever a toolkit raises is the answer
             found["not_run"].append({"call": call.name, "reason": reason(error)})
         else:
-            speed = {"speed": compared(call)} if call.timed else {}
             found["rows"].append(row | {"verdict": verdict(row)} | speed)
     return found
 
@@ -585,7 +585,7 @@ def translation_table(result: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def speed_table(result: Mapping[str, Any]) -> pd.DataFrame:
-    """Time and memory of other toolkits' token losses against ours, in Markdown."""
+    """Time and memory of other toolkits' token losses against ours, as texts."""
     return pd.DataFrame(
         [
             {

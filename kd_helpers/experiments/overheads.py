@@ -141,7 +141,7 @@ def time_to_first_step(config: DistillConfig) -> dict[str, float]:
     script = TO_FIRST_STEP.format(config=config.to_dict())
     found = []
     for _ in range(ROUNDS):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
         words = next(line for line in done.stdout.splitlines() if line.startswith("seconds")).split()
         found.append((float(words[1]), float(words[2])))
     imports, firsts = (sorted(column)[len(column) // 2] for column in zip(*found, strict=True))

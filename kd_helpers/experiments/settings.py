@@ -1,7 +1,8 @@
 """Which settings? Temperature, alpha, learning rate and number of steps, on four sets of texts.
 
-One setting at a time is changed, from the same centre, with the same labels for teacher and student; everything is
-measured on validation, and the test splits stay closed. What helps on one set of texts and hurts on the next can't be a
+One setting at a time is changed, from the same centre, with the same labels for teacher and student. Everything is
+measured on texts that serve as validation: of the course's tweets those of its validation split, of the other sets all
+held-out texts. What helps on one set of texts and hurts on the next can't be a
 default.
 """
 

@@ -48,8 +48,6 @@ from kd_helpers.experiments.verdict_plan import (
     Runs,
     plan_within,
     run_all,
-    stored_speed,
-    teacher_seconds,
 )
 from kd_helpers.experiments.verdict_runs import (
     DISTILLED,
@@ -63,6 +61,7 @@ from kd_helpers.experiments.verdict_runs import (
     runs_study,
     try_arm,
 )
+from kd_helpers.loop import DivergedError
 from kd_helpers.metrics import classification_metrics, evaluate, fidelity
 from kd_helpers.models import load_saved
 from kd_helpers.resolve import Setup, resolve
@@ -235,10 +234,10 @@ def questions(
 ) -> list[dict[str, Any]]:
     """The three questions and their answers.
 
-    A student must be better than *every* one of those that it is compared with, so the answer is that of the strongest:
-    the one against which the interval begins lowest. One that is unfinished would be stronger with more training:
-    beside it a student can fail, but not pay. The first question has two parts where there are texts without labels;
-    its intervals are widened so that both hold together (Bonferroni).
+    A student must be better than *every* one of those that it is compared with. So where it fails against one it fails,
+    and otherwise the answer is that of the strongest: the one against which the interval begins lowest. One that is
+    unfinished would be stronger with more training: beside it a student can fail, but not pay. The first question has
+    two parts where there are texts without labels; its intervals are widened so that both hold together (Bonferroni).
 
     Args:
         opened: the test split.
@@ -264,10 +263,12 @@ def questions(
         if asked_of is None or asked_of in unfinished or not finished:
             continue
         estimates = {name: difference(opened, asked_of, name, measure, level=level) for name in finished}
-        strongest, estimate = min(estimates.items(), key=lambda item: item[1].low)
-        found = answer(estimate, above=above, least=least)
-        if len(finished) < len(present) and found != DOES_NOT_PAY:
+        found_of = {name: answer(estimate, above=above, least=least) for name, estimate in estimates.items()}
+        lost = [name for name, found in found_of.items() if found == DOES_NOT_PAY]
+        if len(finished) < len(present) and not lost:
             continue
+        strongest = min(lost or finished, key=lambda name: estimates[name].low)
+        estimate, found = estimates[strongest], found_of[strongest]
         entry |= {"against": strongest, "answer": found, "estimate": estimate.to_dict()}
         if found == CANNOT_TELL:
             entry["needed"] = needed(estimate, above=above, least=least)
@@ -359,7 +360,10 @@ def try_settings(ground: Ground, runs: Runs, student: str, measure: str, most: i
     settings, curve = [], [(1.0, of_usual)] if shares else []
     level = 1 - 0.05 / max(1, len(tried) - len(shares))
     for name in tqdm(arms, desc="What to try next", unit="run", leave=False):
-        training, found = arms[name].recipe, right(run_arm(study, name, 0))
+        try:
+            training, found = arms[name].recipe, right(run_arm(study, name, 0))
+        except DivergedError:  # at a high rate, say: it is no setting to advise
+            continue
         if training.share != usual.share:
             curve.append((training.share, found))
             continue
@@ -449,9 +453,10 @@ def verdict(
 
     Returns:
         Ready for JSON: `made_with`, `config`, `plan`, `steps`, `seeds`, `unfinished`, `losses` (validation loss of the
-        first seed by length and arm), `sizes` of the splits, `notes`,
-        `choices` (made on validation), `questions` (see there), `table` (see `measures_table`), `by_class`, `tries`
-        (see `try_settings`), `costs`, and `seconds` of a student and, if there was a budget, of the teacher.
+        first seed by length and arm), `sizes` of the splits, `notes`, `before` (`max_length` and the number of
+        `labelled` texts before the budget cut anything), `choices` (made on validation), `questions` (see there),
+        `table` (see `measures_table`), `by_class`, `tries` (see `try_settings`), `costs`, and `seconds` of a student
+        and, if there was a budget, of the teacher.
 
     Raises:
         ValueError: a value lies outside its range, or see `resolve`.
@@ -462,18 +467,22 @@ def verdict(
     if not budget > 0:
         raise ValueError(f"budget is {budget}; give seconds, more than 0.")
     setup = _with_fewer_validation_texts(resolve(config, data))
+    for split in ("train", "validation", "test"):
+        if not len(getattr(setup.data, split)):
+            raise ValueError(f"the split {split!r} has no texts; a verdict needs some in train, validation and test.")
     whole, seconds = setup, {}
     if plan is None:
         setup, plan = plan_within(budget, setup)
-        seconds["teacher"] = teacher_seconds(setup.config, stored_speed(setup), setup.data)
+        seconds["teacher"] = plan.teacher_seconds
     report(describe_plan(plan, setup, whole))
-    ground = prepare(setup)
+    ground = dataclasses.replace(prepare(setup), measure=measure)
     result, runs = ask(ground, plan, effect=effect, measure=measure)
     student = result["choices"]["student"] or DISTILLED
     seconds["student"] = float(np.mean([run["seconds"] for run in runs.runs[student]]))
     cost = costs(ground, runs, student, eight_bits=not plan.rough)
     return result | {
         "notes": [*setup.data.notes, *_cuts(setup, whole)],
+        "before": {"max_length": whole.config.max_length, "labelled": len(whole.data.teacher_train)},
         "costs": cost,
         "seconds": seconds,
     }

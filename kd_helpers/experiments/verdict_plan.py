@@ -66,6 +66,7 @@ class Plan:
         tries: how many other settings are tried at most, with the first seed (see `verdict.try_settings`).
         rough: whether the budget is too small for an answer to rely on.
         seconds: what it will take, by the measured speed; 0 where no speed was measured.
+        teacher_seconds: of these, what fine-tuning the teacher and its logits take.
     """
 
     lengths: tuple[int, ...]
@@ -73,6 +74,7 @@ class Plan:
     tries: int = 0
     rough: bool = False
     seconds: float = 0.0
+    teacher_seconds: float = 0.0
 
 
 def measure_speed(setup: Setup) -> Speed:
@@ -80,18 +82,18 @@ def measure_speed(setup: Setup) -> Speed:
     data, tokenizers, config = setup.data, setup.tokenizers, setup.config
     untuned = dataclasses.replace(setup, config=config.replace(teacher_epochs=0))
     found = {}
-    for name, model, texts, tokenizer in (
-        ("student", load_student(config, data.label_names, tokenizers.student), data.student_train, tokenizers.student),
-        ("teacher", fine_tuned_teacher(untuned).requires_grad_(True), data.teacher_train, tokenizers.teacher),
+    student = load_student(config, data.label_names, tokenizers.student)
+    teacher = fine_tuned_teacher(untuned).requires_grad_(True)
+    for name, model, texts, tokenizer, batch_size in (
+        ("student", student, data.student_train, tokenizers.student, config.batch_size),
+        ("teacher", teacher, data.teacher_train, tokenizers.teacher, DistillConfig.batch_size),
     ):
         model = model.to(setup.device)
         few = tokenize(texts.select(range(min(len(texts), 512))), tokenizer, config.max_length)
         moments: list[float] = []
         fit(
             model,
-            training_batches(
-                attach(few, uniform_logits([few], data.label_names)), tokenizer, config.batch_size, seed=0
-            ),
+            training_batches(attach(few, uniform_logits([few], data.label_names)), tokenizer, batch_size, seed=0),
             classifier_loss(model, temperature=1.0, alpha=1.0),
             steps=9,
             **recipe(config, 9),
@@ -182,7 +184,7 @@ def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSpli
         seeds.append(max(fitting, default=FEWEST_SEEDS))
     longest = max(cost(lengths[:end], count) for end, count in enumerate(seeds, start=1))
     tries = int(for_tries / run_seconds(lengths[-1], 1, speed, data))
-    return Plan(lengths, tuple(seeds), tries, rough, for_teacher + longest + for_tries)
+    return Plan(lengths, tuple(seeds), tries, rough, for_teacher + longest + for_tries, for_teacher)
 
 
 def plan_within(budget: float, setup: Setup) -> tuple[Setup, Plan]:

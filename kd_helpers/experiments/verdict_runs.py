@@ -70,6 +70,7 @@ class Ground:
         teacher: its logits for the texts that students read, and for validation.
         splits: "train", "teacher_train", "transfer" (if it has texts), "validation" and "test", tokenized for the
             student. Of test, `train_arm` makes a file that `open_test` alone reads.
+        measure: of `judgement.MEASURES`, by which the best moment of a run is chosen.
         keep_student: whether a run with seed 0 keeps its student.
     """
 
@@ -77,6 +78,7 @@ class Ground:
     model: PreTrainedModel
     teacher: TeacherLogits
     splits: Mapping[str, datasets.Dataset]
+    measure: str = "accuracy"
     keep_student: bool = True
 
 
@@ -160,6 +162,7 @@ def runs_study(
             "texts": [dataset_digest(part) for part in (data.train, data.transfer, data.teacher_train)],
             "held_out": [dataset_digest(part) for part in (data.validation, data.test)],
             "run": (run or train_arm).__name__,
+            "measure": ground.measure,
         },
         run=functools.partial(run or train_arm, ground, steps),
     )
@@ -174,7 +177,7 @@ def train_arm(ground: Ground, steps: int, training: Training, seed: int, folder:
         training: what the arm does.
         seed: of head, dropout and order.
         folder: gets `validation.safetensors` and `test.safetensors`: logits `[N, C]` in order of the ids, after the
-            `last` step and, if the arm has several moments, at the `best` of them (see `_Watch`). With seed 0 it also
+            `last` step and, if the arm has several moments, at the `best` of them (see `Watch`). With seed 0 it also
             gets the student.
 
     Returns:
@@ -232,6 +235,7 @@ def train_student(ground: Ground, steps: int, training: Training, seed: int) -> 
         functools.partial(predict, student, validation, setup.precision),
         functools.partial(validation_loss, signal, teacher_logits),
         moments=[max(1, round(share * steps)) for share in training.moments],
+        measure=ground.measure,
     )
     fit(
         student,
@@ -266,7 +270,7 @@ class Watch:
 
     Attributes:
         history: measures and `loss` at each of them.
-        logits: `last`, and with several moments those of the `best`: by accuracy, then by NLL.
+        logits: `last`, and with several moments those of the `best`: by the measure, then by NLL.
         weights: of the best, with several moments.
     """
 
@@ -276,8 +280,9 @@ class Watch:
         predicted: Callable[[], Predictions],
         loss: Callable[[Predictions], float],
         moments: Sequence[int],
+        measure: str,
     ) -> None:
-        self.student, self.predicted, self.loss = student, predicted, loss
+        self.student, self.predicted, self.loss, self.measure = student, predicted, loss, measure
         self.moments = frozenset(moments)
         self.history: list[dict[str, float]] = []
         self.weights: dict[str, torch.Tensor] = {}
@@ -292,7 +297,7 @@ class Watch:
         measures = classification_metrics(found.logits, found.labels)
         self.history.append({"step": step, "loss": self.loss(found), **measures})
         self.logits["last"] = found.logits
-        value = (measures["accuracy"], -measures["nll"])
+        value = (measures[self.measure], -measures["nll"])
         if len(self.moments) > 1 and value > self.best:
             self.best, self.weights, self.logits["best"] = value, whole_weights(self.student), found.logits.clone()
 
@@ -300,7 +305,7 @@ class Watch:
 def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A copy of a model's weights under the names that they have outside `lean_training`, also within it."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # T5 holds one table in three places
         if isinstance(module, SeenRows):
             table = state.pop(f"{name}.table.weight")
             table[module.rows >= 0] = state[f"{name}.weight"]

@@ -151,7 +151,7 @@ class CausalDistillationTrainer(TeacherTrainer):
     ) -> tuple[DistillationLoss, torch.Tensor]:
         labels = inputs["labels"]
         own = next_tokens(student_logits, labels, labels != IGNORE_INDEX)
-        hard = token_hard_loss(own.logits, own.labels)
+        hard = token_hard_loss(own.logits.detach() if alpha == 1 else own.logits, own.labels)
         if teacher_logits is None:
             return DistillationLoss(hard, torch.zeros_like(hard), hard), torch.zeros_like(hard)
         taught = next_tokens(teacher_logits, labels, inputs[TAUGHT])

@@ -465,13 +465,13 @@ def distillation_loss_of(
 
     def loss_of(batch: Batch) -> DistillationLoss:
         own = causal_forward(student, batch)
-        hard = token_hard_loss(own.logits, own.labels)
+        hard = token_hard_loss(own.logits.detach() if alpha == 1 else own.logits, own.labels)
         # A part of weight 0 is left out rather than multiplied by 0, and a teacher that has no say does not run.
         if alpha == 0:
             return DistillationLoss(hard, torch.zeros_like(hard), hard)
         soft = soft_of(own, batch)
         if alpha == 1:
-            return DistillationLoss(soft, soft, hard.detach())
+            return DistillationLoss(soft, soft, hard)
         return DistillationLoss(alpha * soft + (1 - alpha) * hard, soft, hard)
 
     return loss_of

@@ -101,7 +101,9 @@ def test_an_unfinished_arm_is_named_and_the_budget_is_the_remedy(result):
     result["unfinished"] = [DISTILLED]
     said = next_steps(result)[0]
     assert "“Distilled, same labels”" in said
-    assert "`--budget 2m`" in said
+    assert "`--budget 2m`; what is trained already is used again." in said
+    result["before"]["max_length"] = 4 * result["config"]["max_length"]
+    assert f"`--budget 2m` with `--max-length {result['config']['max_length']}`" in next_steps(result)[0]
     assert "Distilled, same labels (still improving)" in models_table(result)
 
 
@@ -120,7 +122,7 @@ def test_settings_are_advised_only_where_they_are_shown_to_be_better(result):
     faster = usual | {"learning_rate": 5e-4, "gain": 0.01, "low": -0.01, "high": 0.03}
     result["tries"]["settings"] = [faster, hotter]
     (said,) = (one for one in next_steps(result) if "Settings" in one)
-    assert "other values of learning rate and temperature, one at a time" in said
+    assert "other values of learning rate, temperature, one at a time" in said
     assert "None was shown to be better" in said
     assert "The best was temperature 4 (+2.0 points, −1.0 to +5.0)" in said
     result["tries"]["settings"] = [faster, hotter | {"low": 0.01}]

@@ -50,13 +50,15 @@ from kd_helpers.experiments.verdict_runs import (
     MORE,
     TRANSFER,
     UNIFORM,
+    Watch,
     arms_of,
     prepare,
     whole_weights,
     with_enough_epochs,
 )
 from kd_helpers.lean import lean_training
-from kd_helpers.metrics import classification_metrics, predict
+from kd_helpers.loop import DivergedError
+from kd_helpers.metrics import Predictions, classification_metrics, predict
 from kd_helpers.models import Tokenizers
 from kd_helpers.resolve import Setup, resolve
 
@@ -310,6 +312,53 @@ def test_beside_a_rival_that_is_unfinished_a_student_can_fail_but_not_pay():
     assert [entry["answer"] for entry in found] == [DOES_NOT_PAY, PAYS, DOES_NOT_PAY]
 
 
+def test_failing_against_one_decides_though_another_interval_begins_lower():
+    """That of TF-IDF, which is right on other texts, is wider: it alone would leave the question open."""
+    poor, good, other = [1] * 210 + [0] * 90, [1] * 220 + [0] * 80, [1] * 60 + [0] * 90 + [1] * 150
+    right = {BASELINE: [good] * 3, DISTILLED: [poor] * 3, TFIDF: [other], TEACHER: [poor]}
+    found = questions(opened(right), DISTILLED, (), "accuracy", 0.01)[-1]
+    to_tfidf = difference(opened(right), DISTILLED, TFIDF, "accuracy", level=0.95)
+    assert to_tfidf.low < found["estimate"]["low"] < found["estimate"]["high"] < 0 < to_tfidf.high
+    assert (found["answer"], found["against"]) == (DOES_NOT_PAY, BASELINE)
+
+
+def test_a_try_that_diverges_is_left_out(small, monkeypatch):
+    ground = prepare(resolve(small))
+    runs = run_all(ground, PLAN)
+    real = verdicts.run_arm
+
+    def run(study, arm, seed):
+        if study.arms[arm].recipe.learning_rate == 3 * small.learning_rate:
+            raise DivergedError(1, {})
+        return real(study, arm, seed)
+
+    monkeypatch.setattr(verdicts, "run_arm", run)
+    tried = verdicts.try_settings(ground, runs, TRANSFER, "accuracy", 9)
+    assert len(tried["curve"]) == 3
+    assert len(tried["settings"]) == len(verdicts.other_settings(runs.arms[TRANSFER].recipe, small)) - 1
+    few = verdicts.try_settings(ground, runs, TRANSFER, "accuracy", 1)
+    assert (len(few["curve"]), few["settings"]) == (2, [])
+
+
+@pytest.mark.parametrize(("measure", "best"), [("accuracy", 1), ("macro_recall", 2)])
+def test_the_best_moment_is_chosen_by_the_measure(monkeypatch, measure, best):
+    moments = {1: {"accuracy": 0.9, "macro_recall": 0.5}, 2: {"accuracy": 0.8, "macro_recall": 0.6}}
+    steps: list[int] = []
+
+    def predicted() -> Predictions:
+        return Predictions(torch.tensor([0]), torch.full((1, 2), float(steps[-1])), torch.tensor([0]))
+
+    monkeypatch.setattr(
+        verdict_runs, "classification_metrics", lambda logits, labels: moments[steps[-1]] | {"nll": 1.0}
+    )
+    watch = Watch(torch.nn.Linear(1, 1), predicted, lambda _: 0.0, [1, 2], measure)
+    for step in moments:
+        steps.append(step)
+        watch.look(step)
+    assert watch.logits["best"][0, 0] == best
+    assert watch.logits["last"][0, 0] == 2
+
+
 def test_what_is_unfinished_is_not_judged():
     good = [1] * 100
     right = {BASELINE: [good], DISTILLED: [good], TRANSFER: [good], TFIDF: [good], TEACHER: [good]}
@@ -363,9 +412,13 @@ def test_macro_recall_weights_classes_alike():
         ({"effect": 1.0}, "effect is 1.0; give a share between 0 and 1: 0.01 is one point."),
         ({"measure": "f1"}, "measure is 'f1'; choose one of accuracy, macro_recall."),
         ({"budget": 0.0}, "budget is 0.0; give seconds, more than 0."),
+        ({"data": "without validation"}, "the split 'validation' has no texts; a verdict needs some"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(small, changes, sentence):
+    if "data" in changes:
+        data = load_splits(small)
+        changes = {"data": dataclasses.replace(data, validation=data.validation.select([]))}
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
         verdict(small, **changes, report=lambda plan: None)
     assert not (artifacts.artifacts_dir() / "studies").exists()
