@@ -155,7 +155,7 @@ def benchmark_figure(table: pd.DataFrame) -> tuple[Figure, str]:
     Returns:
         The figure, and its description for those who can't see it.
     """
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(table) + 1.2))
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(table) + 1.2))
     for row, (way, values) in enumerate(table.iterrows()):
         colour = COLOURS["student"] if way.startswith("distillation") else COLOURS["baseline"]
         axes.barh(row, values["seconds"], color=colour, alpha=0.8, height=0.6)
@@ -165,6 +165,6 @@ def benchmark_figure(table: pd.DataFrame) -> tuple[Figure, str]:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.25 * table["slowest"].max())
-    axes.set(xlabel="seconds (less is better)", title="The same student, the same texts, the same epochs")
+    axes.set(xlabel="seconds (less is better)", title="One student, the same texts and epochs")
     described = [f"{way} {values['seconds']:.1f} s ({values['times']:.2f} times)" for way, values in table.iterrows()]
     return figure, "Median seconds, and times the course's distillation: " + "; ".join(described)
