@@ -182,9 +182,7 @@ def benchmark_tables() -> str:
 
 
 def _about_runs(stored: dict[str, Any]) -> list[str]:
-    """What evaluations and runs take beside training steps, if the benchmark measured it."""
-    if "evaluation" not in stored or "run" not in stored:
-        return []
+    """What evaluations and runs take beside training steps."""
     evaluation, run, start = stored["evaluation"], stored["run"], stored["start"]
     return [
         f"Evaluating {evaluation['texts']:,} tweets takes {evaluation['seconds']:.1f} s; forward passes alone, in the "

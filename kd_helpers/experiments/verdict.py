@@ -413,11 +413,10 @@ def _eight_bits_cost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         return {"refused": str(error)}
     served = serving_ways(model, tokenizer, graphs, max_length=length, threads=torch.get_num_threads())["int8"]
     timed = answer_times(served, test["text"][:2000])
+    batches = evaluation_batches(tokenize(test, tokenizer, length), tokenizer)
     return {
         "megabytes": served.megabytes,
-        "accuracy": evaluate(served.model, evaluation_batches(tokenize(test, tokenizer, length), tokenizer))[
-            "accuracy"
-        ],
+        "accuracy": evaluate(served.model, batches)["accuracy"],
         "latency_p50_ms": timed["p50_ms"],
         "latency_p95_ms": timed["p95_ms"],
         "texts_per_second": timed["texts_per_second"],
