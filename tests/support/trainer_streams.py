@@ -50,9 +50,14 @@ def shards_of(texts: datasets.Dataset, sizes: list[int]) -> datasets.IterableDat
     )
 
 
+def train_and_log(name: str) -> None:
+    """Ends with its Trainer let go: one that lives on keeps gloo's threads alive, and they may stop an exit midway."""
+    trainer = train(Path(name), batch_size=8)
+    if trainer.is_world_process_zero():
+        Path(f"{name}.json").write_text(json.dumps(trainer.state.log_history))
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        trainer = train(Path(name), batch_size=8)
-        if trainer.is_world_process_zero():
-            Path(f"{name}.json").write_text(json.dumps(trainer.state.log_history))
+        train_and_log(name)
     PartialState().destroy_process_group()
