@@ -22,7 +22,7 @@ from kd_helpers.data import OWN_SHARES
 from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES, PAYS, UNFINISHED
 from kd_helpers.experiments.verdict import EFFECT, TEACHER, verdict
-from kd_helpers.experiments.verdict_plan import FALLS
+from kd_helpers.experiments.verdict_plan import FALLS, RATES
 from kd_helpers.experiments.verdict_runs import DISTILLED, UNIFORM
 from kd_helpers.loop import DivergedError
 
@@ -55,7 +55,7 @@ ASKED = {
     "teacher": "Close enough to the teacher?",
     "rivals": "Worth it against the cheap rivals?",
 }
-SETTINGS = {"learning_rate": "learning rate", "temperature": "temperature", "alpha": "alpha"}
+SETTINGS = ("temperature", "alpha")
 COLOURS = {PAYS: "#007A59", DOES_NOT_PAY: "#B3261E", CANNOT_TELL: "#6B6B6B"}
 
 
@@ -234,11 +234,11 @@ def _about_settings(result: Mapping[str, Any]) -> list[str]:
     if not tried:
         return []
     best = max(tried, key=lambda one: one["gain"])
-    changed = {name: form for name, form in SETTINGS.items() if best[name] != config[name]}
-    setting = " and ".join(f"{form} {best[name]:.3g}" for name, form in changed.items())
-    options = " ".join(f"`--{name.replace('_', '-')} {best[name]:.3g}`" for name in changed)
-    names = ", ".join(dict.fromkeys(SETTINGS[name] for one in tried for name in SETTINGS if one[name] != config[name]))
-    usual = ", ".join(f"{form} {config[name]:.3g}" for name, form in SETTINGS.items())
+    changed = [name for name in SETTINGS if best[name] != config[name]]
+    setting = " and ".join(f"{name} {best[name]:g}" for name in changed)
+    options = " ".join(f"`--{name} {best[name]:g}`" for name in changed)
+    names = " and ".join(name for name in SETTINGS if any(one[name] != config[name] for one in tried))
+    usual = ", ".join(f"{name} {config[name]:g}" for name in SETTINGS)
     one_seed = f"with one seed on {split_size(result, 'validation'):,} validation texts"
     said = f"**Settings.** We tried other values of {names}, one at a time, {one_seed}. "
     if best["low"] > 0:
@@ -248,6 +248,13 @@ def _about_settings(result: Mapping[str, Any]) -> list[str]:
         said + f"None was shown to be better than the usual ({usual}). The best was {setting} ({interval(best)}); to "
         f"look closer, give {options}."
     ]
+
+
+def rates_used(result: Mapping[str, Any]) -> str:
+    """Which learning rates were tried, and which kind of student got which."""
+    tried = " and ".join(f"{factor * result['config']['learning_rate']:g}" for factor in RATES)
+    used = "; ".join(f"{title_of(result, arm)}: {rate:g}" for arm, rate in result["rates"].items())
+    return f"Learning rates {tried} were tried; by the loss on validation, these were used. {used}."
 
 
 def _about_texts(result: Mapping[str, Any]) -> list[str]:
@@ -440,6 +447,7 @@ def markdown(result: Mapping[str, Any], source: str, figures: Mapping[str, str])
         steps=next_steps(result),
         models=models_table(result),
         falls=f"{FALLS:.0%}",
+        rates=rates_used(result),
         reference=reference and title_of(result, reference),
         classes=classes_table(result),
         costs=costs_table(result),

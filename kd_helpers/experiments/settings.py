@@ -2,8 +2,7 @@
 
 One setting at a time is changed, from the same centre, with the same labels for teacher and student. Everything is
 measured on texts that serve as validation: of the course's tweets those of its validation split, of the other sets all
-held-out texts. What helps on one set of texts and hurts on the next can't be a
-default.
+held-out texts. What helps on one set of texts and hurts on the next can't be a default.
 """
 
 from __future__ import annotations
@@ -128,9 +127,15 @@ def split(whole: DataSplits) -> DataSplits:
 
 
 @functools.cache
+def data_of(texts: str) -> DataSplits:
+    """The splits of one set of texts."""
+    return split(all_texts(texts))
+
+
+@functools.cache
 def ground_of(texts: str) -> Ground:
     """What all runs on one set of texts share: the teacher, fine-tuned as for a verdict, and its logits."""
-    data = split(all_texts(texts))
+    data = data_of(texts)
     return prepare(resolve(with_enough_epochs(CONFIG, data), data))
 
 
@@ -169,7 +174,7 @@ def unpacked(text: str) -> np.ndarray:
 
 def settings_study() -> Study:
     """The study that comes with the package."""
-    grounds = {texts: split(all_texts(texts)) for texts in TEXTS}
+    sets = {texts: data_of(texts) for texts in TEXTS}
     return Study(
         name="settings",
         module="kd_helpers.experiments.settings",
@@ -181,11 +186,11 @@ def settings_study() -> Study:
             "checkpoint": checkpoint_version(CONFIG.teacher_source),
             "texts": {
                 name: [dataset_digest(part) for part in (data.train, data.transfer, data.validation)]
-                for name, data in grounds.items()
+                for name, data in sets.items()
             },
             "sizes": {
                 name: [len(data.label_names), len(data.train), len(data.transfer), len(data.validation)]
-                for name, data in grounds.items()
+                for name, data in sets.items()
             },
         },
         run=run,

@@ -318,21 +318,20 @@ def measures_table(opened: Opened, titles: Mapping[str, str]) -> list[dict[str, 
 
 # ---- What to try next, on validation, with the first seed
 
-RATES, ALPHAS, TEMPERATURES = (3.0, 1 / 3), (0.5, 1.0), (1.0, 4.0)  # rates as multiples of the configuration's
+ALPHAS, TEMPERATURES = (0.5, 1.0), (1.0, 4.0)
 SHARES = (0.5, 0.25)  # of the texts without labels
 
 
-def other_settings(usual: Training, config: DistillConfig) -> list[Training]:
+def other_settings(usual: Training) -> list[Training]:
     """What is tried beside the usual: one setting changed at a time."""
-    rate, signal = config.learning_rate, usual.signal
-    rates = [dataclasses.replace(usual, learning_rate=factor * rate) for factor in RATES]
-    signals = [dataclasses.replace(signal, alpha=value) for value in ALPHAS if value != signal.alpha]
-    signals += [dataclasses.replace(signal, temperature=value) for value in TEMPERATURES if value != signal.temperature]
-    return rates + [dataclasses.replace(usual, signal=other) for other in signals]
+    signal = usual.signal
+    others = [dataclasses.replace(signal, alpha=value) for value in ALPHAS if value != signal.alpha]
+    others += [dataclasses.replace(signal, temperature=value) for value in TEMPERATURES if value != signal.temperature]
+    return [dataclasses.replace(usual, signal=other) for other in others]
 
 
 def try_settings(ground: Ground, runs: Runs, student: str, measure: str, most: int) -> dict[str, list[dict[str, Any]]]:
-    """Other rates, alphas and temperatures, and fewer texts without labels, each against the chosen student.
+    """Other alphas and temperatures, and fewer texts without labels, each against the chosen student.
 
     Args:
         ground, runs: of the verdict.
@@ -341,13 +340,13 @@ def try_settings(ground: Ground, runs: Runs, student: str, measure: str, most: i
         most: how many are tried at most.
 
     Returns:
-        `settings`: `learning_rate`, `alpha`, `temperature`, and the paired difference on validation with its interval
+        `settings`: `alpha`, `temperature`, and the paired difference on validation with its interval
         over texts (for all of them together). `curve`: the number of texts without labels and the measure on
         validation.
     """
-    usual, config, data = runs.arms[student].recipe, ground.setup.config, ground.setup.data
+    usual, data = runs.arms[student].recipe, ground.setup.data
     shares = SHARES if usual.signal.transfer else ()
-    tried = [*(dataclasses.replace(usual, share=share) for share in shares), *other_settings(usual, config)][:most]
+    tried = [*(dataclasses.replace(usual, share=share) for share in shares), *other_settings(usual)][:most]
     arms = {f"try {number}": Arm("Another setting", training) for number, training in enumerate(tried)}
     study = runs_study(ground, arms, runs.steps, try_arm)
     labels = _labels(data.validation)
@@ -362,14 +361,13 @@ def try_settings(ground: Ground, runs: Runs, student: str, measure: str, most: i
     for name in tqdm(arms, desc="What to try next", unit="run", leave=False):
         try:
             training, found = arms[name].recipe, right(run_arm(study, name, 0))
-        except DivergedError:  # at a high rate, say: it is no setting to advise
+        except DivergedError:  # it is no setting to advise
             continue
         if training.share != usual.share:
             curve.append((training.share, found))
             continue
         gain = _interval(crossed(found - of_usual, weights, level=level))
-        values = {name: getattr(training.signal, name) for name in ("temperature", "alpha")}
-        settings.append({"learning_rate": training.learning_rate or config.learning_rate, **values, **gain})
+        settings.append({name: getattr(training.signal, name) for name in ("temperature", "alpha")} | gain)
     points = [
         {"texts": max(1, round(share * len(data.transfer))), "score": float((found * weights).mean())}
         for share, found in sorted(curve, key=lambda point: point[0])
@@ -441,8 +439,8 @@ def verdict(
     Finished runs are found again, so the same call after an interruption goes on where it stopped.
 
     Args:
-        config: data, models, and the temperature, alpha, batch size and rates of the students. How many steps they make
-            is the plan's choice.
+        config: data, models, and the temperature, alpha and batch size of the students. How many steps they make is
+            the plan's choice; their learning rate is `learning_rate` or a multiple of it (see `verdict_plan.run_all`).
         data: the splits, if they are loaded already.
         budget: seconds that it may take, about.
         plan: what to run, in place of a plan for the budget.
@@ -452,10 +450,10 @@ def verdict(
 
     Returns:
         Ready for JSON: `made_with`, `config`, `plan`, `steps`, `seeds`, `unfinished`, `losses` (validation loss of the
-        first seed by length and arm), `sizes` of the splits, `notes`, `before` (`max_length` and the number of
-        `labelled` texts before the budget cut anything), `choices` (made on validation), `questions` (see there),
-        `table` (see `measures_table`), `by_class`, `tries` (see `try_settings`), `costs`, and `seconds` of a student
-        and, if there was a budget, of the teacher.
+        first seed by length and arm), `rates` (the learning rate of each arm), `sizes` of the splits, `notes`, `before`
+        (`max_length` and the number of `labelled` texts before the budget cut anything), `choices` (made on
+        validation), `questions` (see there), `table` (see `measures_table`), `by_class`, `tries` (see `try_settings`),
+        `costs`, and `seconds` of a student and, if there was a budget, of the teacher.
 
     Raises:
         ValueError: a value lies outside its range, or see `resolve`.
@@ -520,6 +518,7 @@ def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dic
         "seeds": len(runs.runs[BASELINE]),
         "unfinished": list(runs.unfinished),
         "losses": {str(length): dict(losses) for length, losses in runs.losses.items()},
+        "rates": {arm: recipe.recipe.learning_rate for arm, recipe in runs.arms.items()},
         "choices": choices,
         "questions": questions(opened, student, runs.unfinished, measure, effect),
         "table": measures_table(opened, titles),

@@ -1,14 +1,16 @@
 """The plan of a verdict (see `verdict`): how many steps, seeds and texts a time budget allows, and the runs of it.
 
-The number of steps is doubled until no arm gains from it. An arm that still does at the end is unfinished.
+Two learning rates are tried for every arm, and the number of steps is doubled until no arm gains from it. An arm that
+still does at the end is unfinished.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from kd_helpers.experiments.verdict_runs import (
     uniform_logits,
     with_enough_epochs,
 )
-from kd_helpers.loop import classifier_loss, fit, recipe
+from kd_helpers.loop import DivergedError, classifier_loss, fit, recipe
 from kd_helpers.metrics import predict
 from kd_helpers.models import checkpoint_version, load_student
 from kd_helpers.provenance import made_by
@@ -36,12 +38,13 @@ from kd_helpers.resolve import Setup
 from kd_helpers.teacher import attach, fine_tuned_teacher
 
 MODULE = "kd_helpers.experiments.verdict_plan"
+RATES = (1.0, 3.0)  # learning rates that every arm is tried with, as multiples of the configuration's
 LENGTHS = (60, 125, 250, 500, 1000, 2000, 4000)  # steps that are tried, each about twice the one before
 TRIED = 3  # of them at most
 ENOUGH_STEPS, FEWEST_TOKENS = 500, 32  # where a budget allows fewer steps, texts are cut, but not shorter than this
 WORTH_CUTTING = 0.2  # of the tokens, which a cut must save at least
 FEWEST_SEEDS = 4  # of an arm: with fewer, the interval over seeds is very wide
-TEACHER_SHARE, TRIES_SHARE = 0.4, 0.2  # of the budget, at most: for the teacher, and for what to try next
+TEACHER_SHARE, TRIES_SHARE = 0.4, 0.1  # of the budget, at most: for the teacher, and for what to try next
 FALLS = 0.03  # an arm is unfinished where twice the steps lower its validation loss by more than this share
 ROUGH = 600.0  # seconds; a smaller budget gives a rough answer
 
@@ -172,9 +175,9 @@ def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSpli
     left = budget - for_tries - for_teacher
 
     def cost(lengths: Sequence[int], seeds: int) -> float:
-        """Of trying these lengths with one seed, and running the last with the others."""
+        """Of trying these lengths with one seed and every rate, and running the last with the other seeds."""
         each = [sum(run_seconds(length, count, speed, data) for count in moments) for length in lengths]
-        return sum(each) + (seeds - 1) * each[-1]
+        return len(RATES) * sum(each) + (seeds - 1) * each[-1]
 
     ladders = [LENGTHS[max(0, end - TRIED) : end] for end in range(2, len(LENGTHS) + 1)]
     lengths = [ladders[0], *(ladder for ladder in ladders if cost(ladder, FEWEST_SEEDS) <= left)][-1]
@@ -216,11 +219,11 @@ class Runs:
 
     Attributes:
         steps: of each.
-        arms: title and recipe, by name.
+        arms: title and recipe, by name; each recipe has the learning rate that was best for it.
         runs: of each arm, one for each seed (see `study.run_arm`).
         unfinished: arms that twice the steps still improve: at the length before this one they were worse by more than
             `FALLS`.
-        losses: the lowest `validation_loss` of the first seed, by length and arm.
+        losses: the lowest `validation_loss` of the first seed, by length and arm, at the better of the `RATES`.
     """
 
     steps: int
@@ -240,27 +243,68 @@ def still_falls(shorter: float, longer: float) -> bool:
     return longer < (1 - FALLS) * shorter
 
 
+def with_rates(arms: Mapping[str, Arm], rate: float) -> dict[str, dict[str, Arm]]:
+    """For each arm what is tried: the same with each of the `RATES`, by a name of its own.
+
+    Args:
+        arms: by name; each recipe is a `Training`.
+        rate: the configuration's.
+    """
+    return {
+        name: {
+            f"{name}, {factor:g}": Arm(arm.title, dataclasses.replace(arm.recipe, learning_rate=factor * rate))
+            for factor in RATES
+        }
+        for name, arm in arms.items()
+    }
+
+
+def best_of(tried: Sequence[str], run: Callable[[str], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The one with the lowest loss on validation, and its run; one that diverges is left out.
+
+    Raises:
+        DivergedError: all diverge.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in tried:
+        try:
+            found[name] = run(name)
+        except DivergedError:
+            if name == tried[-1] and not found:
+                raise
+    return min(found.items(), key=lambda pair: lowest_loss(pair[1]))
+
+
 def run_all(ground: Ground, plan: Plan) -> Runs:
-    """Double the steps until no arm gains from it, or the plan ends; then run the other seeds."""
-    arms = arms_of(ground.setup.config, ground.setup.data)
+    """Double the steps until no arm gains from it, or the plan ends; then run the other seeds.
+
+    At each length every arm is tried with each of the `RATES`. The one with the lower loss on validation counts, and
+    the other seeds use it: a rate that suits labels need not suit soft targets, nor one length the next.
+
+    Raises:
+        DivergedError: an arm has diverged at all rates, or with another seed.
+    """
+    tried = with_rates(arms_of(ground.setup.config, ground.setup.data), ground.setup.config.learning_rate)
+    recipes = {name: recipe for of_arm in tried.values() for name, recipe in of_arm.items()}
     losses: dict[int, dict[str, float]] = {}
-    most = len(arms) * (len(plan.lengths) + max(plan.seeds) - 1)
+    most = len(recipes) * len(plan.lengths) + len(tried) * (max(plan.seeds) - 1)
     with tqdm(total=most, desc="Verdict", unit="run", leave=False) as bar:
 
-        def run(study: Study, arm: str, seed: int) -> dict[str, Any]:
-            bar.set_postfix_str(f"{study.arms[arm].title}, {study.choices['config']['max_steps']} steps, seed {seed}")
-            found = run_arm(study, arm, seed)
+        def run(study: Study, seed: int, name: str) -> dict[str, Any]:
+            steps = study.choices["config"]["max_steps"]
+            bar.set_postfix_str(f"{recipes[name].title}, {steps} steps, seed {seed}")
+            found = run_arm(study, name, seed)
             bar.update()
             return found
 
         for length in plan.lengths:
-            study = runs_study(ground, arms, length)
-            first = {arm: run(study, arm, 0) for arm in arms}
+            study = runs_study(ground, recipes, length)
+            first = {arm: best_of(list(names), functools.partial(run, study, 0)) for arm, names in tried.items()}
             before = losses.get(max(losses, default=0), {})
-            losses[length] = {arm: lowest_loss(found) for arm, found in first.items()}
-            unfinished = [arm for arm in arms if arm not in before or still_falls(before[arm], losses[length][arm])]
+            losses[length] = {arm: lowest_loss(found) for arm, (_, found) in first.items()}
+            unfinished = [arm for arm in tried if arm not in before or still_falls(before[arm], losses[length][arm])]
             if not unfinished:
                 break
         seeds = range(1, dict(zip(plan.lengths, plan.seeds, strict=True))[length])
-        runs = {arm: [first[arm], *(run(study, arm, seed) for seed in seeds)] for arm in arms}
-    return Runs(length, arms, runs, tuple(unfinished), losses)
+        runs = {arm: [found, *(run(study, seed, name) for seed in seeds)] for arm, (name, found) in first.items()}
+    return Runs(length, {arm: recipes[name] for arm, (name, _) in first.items()}, runs, tuple(unfinished), losses)

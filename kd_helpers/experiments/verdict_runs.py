@@ -23,10 +23,10 @@ from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
 from kd_helpers.experiments.comparison import BASELINE, Signal
 from kd_helpers.experiments.study import Arm, Study
-from kd_helpers.lean import SeenRows
+from kd_helpers.experiments.watch import Watch
 from kd_helpers.loop import classifier_loss, fit, recipe
 from kd_helpers.losses import soft_targets
-from kd_helpers.metrics import Predictions, classification_metrics, predict
+from kd_helpers.metrics import Predictions, predict
 from kd_helpers.models import checkpoint_version, load_student, save_model
 from kd_helpers.resolve import Setup
 from kd_helpers.runtime import seed_everything
@@ -135,39 +135,6 @@ def prepare(setup: Setup) -> Ground:
     return Ground(setup, teacher, logits, splits)
 
 
-def runs_study(
-    ground: Ground, arms: Mapping[str, Arm], steps: int, run: Callable[..., dict[str, Any]] | None = None
-) -> Study:
-    """The study whose runs make so many steps each.
-
-    Args:
-        ground: what all runs share.
-        arms: by name; each recipe is a `Training`.
-        steps: of every run.
-        run: what a run does and keeps: `train_arm` if left out, or `try_arm`.
-    """
-    config, data = ground.setup.config, ground.setup.data
-    shared = config.replace(seed=0, max_steps=steps, temperature=1.0, alpha=0.0)  # each arm and run has its own
-    return Study(
-        name="verdict",
-        module=MODULE,
-        arms=arms,
-        seeds=range(MOST_SEEDS),
-        choices={
-            "config": shared.to_dict(),
-            "machine": ground.setup.machine,
-            "student": checkpoint_version(config.student_source or config.teacher_source),
-            "teacher": ground.teacher.digest(),
-            "labels": data.label_names,
-            "texts": [dataset_digest(part) for part in (data.train, data.transfer, data.teacher_train)],
-            "held_out": [dataset_digest(part) for part in (data.validation, data.test)],
-            "run": (run or train_arm).__name__,
-            "measure": ground.measure,
-        },
-        run=functools.partial(run or train_arm, ground, steps),
-    )
-
-
 def train_arm(ground: Ground, steps: int, training: Training, seed: int, folder: Path) -> dict[str, Any]:
     """Train one student and keep what it predicts.
 
@@ -204,6 +171,39 @@ def try_arm(ground: Ground, steps: int, training: Training, seed: int, folder: P
     _, watch = train_student(ground, steps, training, seed)
     safetensors.torch.save_file(watch.logits, folder / "validation.safetensors")
     return {"history": watch.history, "seconds": time.perf_counter() - started}
+
+
+def runs_study(
+    ground: Ground, arms: Mapping[str, Arm], steps: int, run: Callable[..., dict[str, Any]] = train_arm
+) -> Study:
+    """The study whose runs make so many steps each.
+
+    Args:
+        ground: what all runs share.
+        arms: by name; each recipe is a `Training`.
+        steps: of every run.
+        run: what a run does and keeps: `train_arm` or `try_arm`.
+    """
+    config, data = ground.setup.config, ground.setup.data
+    shared = config.replace(seed=0, max_steps=steps, temperature=1.0, alpha=0.0)  # each arm and run has its own
+    return Study(
+        name="verdict",
+        module=MODULE,
+        arms=arms,
+        seeds=range(MOST_SEEDS),
+        choices={
+            "config": shared.to_dict(),
+            "machine": ground.setup.machine,
+            "student": checkpoint_version(config.student_source or config.teacher_source),
+            "teacher": ground.teacher.digest(),
+            "labels": data.label_names,
+            "texts": [dataset_digest(part) for part in (data.train, data.transfer, data.teacher_train)],
+            "held_out": [dataset_digest(part) for part in (data.validation, data.test)],
+            "run": run.__name__,
+            "measure": ground.measure,
+        },
+        run=functools.partial(run, ground, steps),
+    )
 
 
 def train_student(ground: Ground, steps: int, training: Training, seed: int) -> tuple[PreTrainedModel, Watch]:
@@ -263,54 +263,6 @@ def validation_loss(signal: Signal, teacher_logits: TeacherLogits | None, found:
     targets = soft_targets(teacher_logits.lookup(found.ids), signal.temperature)
     soft = signal.temperature**2 * F.cross_entropy(found.logits / signal.temperature, targets)
     return (signal.alpha * soft + (1 - signal.alpha) * hard).item()
-
-
-class Watch:
-    """Looks at validation after certain steps of a run.
-
-    Attributes:
-        history: measures and `loss` at each of them.
-        logits: `last`, and with several moments those of the `best`: by the measure, then by NLL.
-        weights: of the best, with several moments.
-    """
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        predicted: Callable[[], Predictions],
-        loss: Callable[[Predictions], float],
-        moments: Sequence[int],
-        measure: str,
-    ) -> None:
-        self.student, self.predicted, self.loss, self.measure = student, predicted, loss, measure
-        self.moments = frozenset(moments)
-        self.history: list[dict[str, float]] = []
-        self.weights: dict[str, torch.Tensor] = {}
-        self.logits: dict[str, torch.Tensor] = {}
-        self.best = (-1.0, 0.0)
-
-    def look(self, step: int) -> None:
-        """After a step."""
-        if step not in self.moments:
-            return
-        found = self.predicted()
-        measures = classification_metrics(found.logits, found.labels)
-        self.history.append({"step": step, "loss": self.loss(found), **measures})
-        self.logits["last"] = found.logits
-        value = (measures[self.measure], -measures["nll"])
-        if len(self.moments) > 1 and value > self.best:
-            self.best, self.weights, self.logits["best"] = value, whole_weights(self.student), found.logits.clone()
-
-
-def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A copy of a model's weights under the names that they have outside `lean_training`, also within it."""
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    for name, module in model.named_modules(remove_duplicate=False):  # T5 holds one table in three places
-        if isinstance(module, SeenRows):
-            table = state.pop(f"{name}.table.weight")
-            table[module.rows >= 0] = state[f"{name}.weight"]
-            state[f"{name}.weight"] = table
-    return state
 
 
 def uniform_logits(texts: Sequence[datasets.Dataset], label_names: Sequence[str]) -> TeacherLogits:

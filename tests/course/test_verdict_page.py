@@ -117,19 +117,28 @@ def test_a_teacher_that_is_no_better_than_the_student_is_the_first_thing_to_chan
 
 
 def test_settings_are_advised_only_where_they_are_shown_to_be_better(result):
-    usual = {name: result["config"][name] for name in ("learning_rate", "temperature", "alpha")}
+    usual = {name: result["config"][name] for name in ("temperature", "alpha")}
     hotter = usual | {"temperature": 4.0, "gain": 0.02, "low": -0.01, "high": 0.05}
-    faster = usual | {"learning_rate": 5e-4, "gain": 0.01, "low": -0.01, "high": 0.03}
-    result["tries"]["settings"] = [faster, hotter]
+    softer = usual | {"alpha": 1.0, "gain": 0.01, "low": -0.01, "high": 0.03}
+    result["tries"]["settings"] = [softer, hotter]
     (said,) = (one for one in next_steps(result) if "Settings" in one)
-    assert "other values of learning rate, temperature, one at a time" in said
+    assert "other values of temperature and alpha, one at a time" in said
     assert "None was shown to be better" in said
     assert "The best was temperature 4 (+2.0 points, −1.0 to +5.0)" in said
-    result["tries"]["settings"] = [faster, hotter | {"low": 0.01}]
+    result["tries"]["settings"] = [softer, hotter | {"low": 0.01}]
     (said,) = (one for one in next_steps(result) if "Settings" in one)
     assert "Temperature 4 was better than the usual" in said
     assert "`--temperature 4`" in said
     assert "--alpha" not in said
+
+
+def test_the_rates_are_named_for_every_kind_of_student(result):
+    rate = result["config"]["learning_rate"]
+    result["rates"] = dict.fromkeys(result["rates"], rate) | {DISTILLED: 3 * rate}
+    said = verdict_page.rates_used(result)
+    assert f"rates {rate:g} and {3 * rate:g} were tried" in said
+    assert f"Distilled, same labels: {3 * rate:g}" in said
+    assert f"Labels only: {rate:g}" in said
 
 
 def test_a_class_that_suffers_is_named_whatever_its_name_holds(result):
