@@ -16,7 +16,8 @@ from kd_helpers.course import notebooks
 from kd_helpers.course.contents import Entry, entry, parts
 from kd_helpers.course.numbers import number
 from kd_helpers.course.pages import PageRenderer, inline, page
-from kd_helpers.experiments.comparison import BASELINE, stored_comparison
+from kd_helpers.experiments.comparison import stored_comparison
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.study import means, titles
 
 CARD_WIDTH = 640  # pixels, twice the width of a card

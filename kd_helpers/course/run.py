@@ -17,8 +17,9 @@ from kd_helpers import artifacts
 from kd_helpers.course.costs import stored_costs
 from kd_helpers.course.notebooks import notebook_paths
 from kd_helpers.course.site import write_contents, write_page
-from kd_helpers.experiments.comparison import BASELINE, stored_comparison
+from kd_helpers.experiments.comparison import stored_comparison
 from kd_helpers.experiments.environment import environment
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.study import gains, study_table, titles
 from kd_helpers.experiments.sweep import threads_per_job
 

@@ -19,8 +19,8 @@ from kd_helpers.config import PRESETS, DistillConfig, expanded, settings_help
 from kd_helpers.course import plots
 from kd_helpers.course.pages import TEMPLATES, Content, PageRenderer
 from kd_helpers.data import OWN_SHARES
-from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES, PAYS, UNFINISHED
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.verdict import EFFECT, TEACHER, verdict
 from kd_helpers.experiments.verdict_plan import FALLS, RATES
 from kd_helpers.experiments.verdict_runs import DISTILLED, UNIFORM

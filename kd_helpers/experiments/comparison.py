@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import corpus_digest, evaluation_batches, read_corpus, tokenize
+from kd_helpers.experiments.signals import BASELINE, Signal, signal_logits
 from kd_helpers.experiments.statistics import intervals, mean_interval
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study, study_table, titles
 from kd_helpers.metrics import (
@@ -37,37 +38,6 @@ from kd_helpers.runtime import machine
 from kd_helpers.teacher import TeacherLogits, fine_tuned_teacher, load_teacher_logits
 
 METRICS = ("accuracy", "macro_recall", "macro_f1", "nll", "ece", "fidelity")
-BASELINE = "baseline"
-
-
-@dataclasses.dataclass(frozen=True)
-class Signal:
-    """What an arm's student learns from.
-
-    Attributes:
-        teacher: whose soft targets: "none", "uniform" (the same probability for every class), "untuned" (a random
-            head), or "tuned".
-        temperature: T of the soft loss.
-        alpha: weight of the soft loss.
-        labels: how many labelled texts, as a multiple of `config.train_size`.
-        transfer: whether the texts of `config.transfer_size` are added without labels.
-    """
-
-    teacher: str = "none"
-    temperature: float = 1.0
-    alpha: float = 0.0
-    labels: int = 1
-    transfer: bool = False
-
-    def configure(self, config: DistillConfig) -> DistillConfig:
-        """The configuration of this arm, given the one that all arms share."""
-        return config.replace(
-            temperature=self.temperature,
-            alpha=self.alpha,
-            train_size=config.train_size * self.labels,
-            transfer_size=config.transfer_size if self.transfer else 0,
-            teacher_epochs=0 if self.teacher == "untuned" else config.teacher_epochs,
-        )
 
 
 # Label smoothing with ε is distillation with alpha = ε and T = 1 from a teacher that gives every class the same
@@ -87,16 +57,6 @@ COMPARISON = DistillConfig(
     transfer_size=21_949, max_steps=1000, epochs=3, learning_rate=1e-4, warmup_ratio=0.1, alpha=0.5
 )
 COMPARISON_SEEDS = (0, 1, 2, 3, 4)
-
-
-def signal_logits(signal: Signal, setup: Setup) -> TeacherLogits | None:
-    """The teacher logits for an arm's training texts; None for an arm without a teacher."""
-    if signal.teacher == "none":
-        return None
-    if signal.teacher == "uniform":
-        ids = torch.tensor(setup.data.student_train["id"][:])
-        return TeacherLogits(ids, torch.zeros(len(ids), len(setup.data.label_names)))
-    return load_teacher_logits(setup, "student_train")
 
 
 def comparison_study(

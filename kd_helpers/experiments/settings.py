@@ -21,8 +21,8 @@ import torch
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest
-from kd_helpers.experiments.comparison import BASELINE, Signal
 from kd_helpers.experiments.judgement import Estimate, crossed
+from kd_helpers.experiments.signals import BASELINE, Signal
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
 from kd_helpers.experiments.text_sets import SETS, TWEETS, all_texts
 from kd_helpers.experiments.verdict_runs import (

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig, require_choice
 from kd_helpers.data import DataSplits, describe_splits, evaluation_batches, tokenize
-from kd_helpers.experiments.comparison import BASELINE, model_cost
+from kd_helpers.experiments.comparison import model_cost
 from kd_helpers.experiments.judgement import (
     CANNOT_TELL,
     DOES_NOT_PAY,
@@ -41,6 +41,7 @@ from kd_helpers.experiments.judgement import (
     needed,
     text_weights,
 )
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.study import Arm, made_with, run_arm
 from kd_helpers.experiments.verdict_plan import (
     ROUGH,

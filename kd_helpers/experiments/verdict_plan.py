@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
+from kd_helpers.experiments.signals import uniform_logits
 from kd_helpers.experiments.study import Arm, Study, run_arm
 from kd_helpers.experiments.verdict_runs import (
     MOST_SEEDS,
@@ -27,7 +28,6 @@ from kd_helpers.experiments.verdict_runs import (
     arms_of,
     runs_study,
     steps_an_epoch,
-    uniform_logits,
     with_enough_epochs,
 )
 from kd_helpers.loop import DivergedError, classifier_loss, fit, recipe

@@ -9,19 +9,18 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import safetensors.torch
-import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
-from kd_helpers.experiments.comparison import BASELINE, Signal
+from kd_helpers.experiments.signals import BASELINE, Signal, uniform_logits
 from kd_helpers.experiments.study import Arm, Study
 from kd_helpers.experiments.watch import Watch
 from kd_helpers.loop import classifier_loss, fit, recipe
@@ -263,9 +262,3 @@ def validation_loss(signal: Signal, teacher_logits: TeacherLogits | None, found:
     targets = soft_targets(teacher_logits.lookup(found.ids), signal.temperature)
     soft = signal.temperature**2 * F.cross_entropy(found.logits / signal.temperature, targets)
     return (signal.alpha * soft + (1 - signal.alpha) * hard).item()
-
-
-def uniform_logits(texts: Sequence[datasets.Dataset], label_names: Sequence[str]) -> TeacherLogits:
-    """The logits of a teacher that gives every class the same probability."""
-    ids = torch.tensor([number for part in texts for number in part["id"][:]])
-    return TeacherLogits(ids, torch.zeros(len(ids), len(label_names)))

@@ -24,8 +24,8 @@ from kd_helpers.course.verdict_page import (
     seconds_of,
     write_page,
 )
-from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, PAYS, UNFINISHED
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.verdict import TEACHER, verdict
 from kd_helpers.experiments.verdict_plan import Plan
 from kd_helpers.experiments.verdict_runs import DISTILLED, TRANSFER

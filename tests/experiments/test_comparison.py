@@ -21,13 +21,12 @@ from kd_helpers.data import LABEL_NAMES, corpus_digest, evaluation_batches, load
 from kd_helpers.experiments import comparison, statistics
 from kd_helpers.experiments.comparison import (
     ARMS,
-    BASELINE,
     COMPARISON,
     COMPARISON_SEEDS,
     METRICS,
     comparison_study,
-    signal_logits,
 )
+from kd_helpers.experiments.signals import BASELINE, signal_logits
 from kd_helpers.experiments.study import gains, run_arm
 from kd_helpers.metrics import classification_metrics
 from kd_helpers.models import load_student, weights_digest

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kd_helpers.experiments import text_sets
-from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.settings import (
     ARMS,
     CENTRE,
@@ -25,6 +24,7 @@ from kd_helpers.experiments.settings import (
     split,
     unpacked,
 )
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.text_sets import SETS, TWEETS, all_texts
 from kd_helpers.experiments.verdict_runs import DISTILLED, TRANSFER
 from kd_helpers.losses import IGNORE_INDEX

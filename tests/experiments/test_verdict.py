@@ -17,8 +17,8 @@ from kd_helpers.config import DistillConfig
 from kd_helpers.data import load_splits, tokenize, training_batches
 from kd_helpers.experiments import verdict as verdicts
 from kd_helpers.experiments import verdict_plan, verdict_runs, watch
-from kd_helpers.experiments.comparison import BASELINE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, PAYS, UNFINISHED
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.verdict import (
     COMMONEST,
     STOPPED,
