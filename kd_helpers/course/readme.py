@@ -81,7 +81,11 @@ def readme_results() -> str:
     """The README's sentence on the results."""
     stored = comparison.stored_comparison()
     config = stored["choices"]["config"]
-    over_best = number(f"validation: tuned_teacher last - {comparison.BASELINE} best, accuracy")
+    hidden = config["teacher_train_size"] - config["train_size"]
+    over_best, at_the_end = (
+        number(f"validation: tuned_teacher last - {comparison.BASELINE} {moment}, accuracy")
+        for moment in ("best", "last")
+    )
 
     def gain(arm: str, *interval: str) -> str:
         return number(", ".join((f"comparison: {arm} - {comparison.BASELINE}, accuracy", *interval)))
@@ -92,12 +96,14 @@ def readme_results() -> str:
         "teacher is "
         f"**{gain('tuned_teacher')}** more accurate than the same student trained on the labels alone (95% interval "
         f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the student "
-        f"also learns the teacher's outputs for {config['transfer_size']:,} tweets without labels, the *transfer set*. "
+        f"also learns the teacher's outputs for {config['transfer_size']:,} other tweets without their labels, the "
+        f"*transfer set* (the teacher was trained on {hidden:,} of them, with labels). "
         "For comparison: labels that are softened without a teacher (label smoothing) add "
         f"{gain('label_smoothing')}, a teacher that was not fine-tuned adds {gain('untuned_teacher')}, and four times "
         f"as many labels add {gain('more_labels')}. All students have the "
-        "same first weights and make the same number of steps. Trained on labels alone, the student is at its best "
-        f"before the last step. On validation its best epoch is {over_best} below the tuned teacher's student. "
+        "same first weights and make the same number of steps. A student that is trained on labels alone gets worse "
+        f"again before its last step. On validation it ends {at_the_end} behind the fine-tuned teacher's student; "
+        f"its best epoch is {over_best} behind. "
         "[All results](docs/results.md)."
     )
 
@@ -153,7 +159,7 @@ def benchmark_tables() -> str:
     step = stored["step"][made["precision"]]
     return "\n".join(
         [
-            "| way | seconds | times | tokens/s | MB | accuracy | NLL |",
+            "| way | seconds | times as long | tokens/s | MB | accuracy | NLL |",
             "|---|---|---|---|---|---|---|",
             *ways,
             "",
@@ -161,8 +167,16 @@ def benchmark_tables() -> str:
             "",
             f"{config['train_size']:,} tweets, {config['epochs']} epochs, batches of {config['batch_size']}. Seconds, "
             f"tokens without padding and MB held at the peak: medians of {rounds} rounds, each with a seed of its own.",
-            "Times: median ratio to *distillation* within a round. Accuracy and NLL on validation: means; distillation "
-            f"minus usual loop {100 * difference:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}).",
+            "How many times as long a way takes as *distillation* is computed within each round; the table has the median "
+            "of these ratios, which need not be the ratio of two medians. Accuracy and NLL are means on validation. "
+            f"Accuracy of *distillation* minus *usual loop*: {100 * difference:+.1f} points (95% interval "
+            f"{100 * low:+.1f} to {100 * high:+.1f}, {rounds} seeds). The two differ in several things at once, "
+            "also in the settings of the optimiser, so the number does not say which of them matters.",
+            "",
+            "In the next table, the 12 settings are pairs of temperature and alpha: the teacher runs once for all of "
+            "them. The peak is the speed of the fastest large matrix product on this machine. The last two rows are the "
+            "time that one run needs for loading, tokenizing and saving, and the time from starting Python to the end "
+            "of the first training step.",
             "",
             "| aim | measured | target | met |",
             "|---|---|---|---|",
@@ -172,9 +186,9 @@ def benchmark_tables() -> str:
             f"{step['gigaflops']:,.0f} GFLOP/s; the fastest large matrix product {step['peak_gigaflops']:,.0f}.",
             f"Where the time of a step goes: {profile}.",
             *_about_runs(stored),
-            f"With `torch.compile` the same training takes {seconds['compiled_first']:.0f} s the first time, "
-            f"compilation included, {seconds['compiled_again']:.1f} s again and {seconds['uncompiled']:.1f} s without "
-            "(one run each), so it is off.",
+            f"One training with `torch.compile` takes {seconds['compiled_first']:.0f} s the first time, which includes "
+            f"the compilation, and {seconds['compiled_again']:.1f} s the second time. Without `torch.compile` it takes "
+            f"{seconds['uncompiled']:.1f} s. So the course does not use it. (One run each, apart from the rounds above.)",
             f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
             f"{made['precision']}.",
         ]
@@ -187,8 +201,9 @@ def _about_runs(stored: dict[str, Any]) -> list[str]:
     return [
         f"Evaluating {evaluation['texts']:,} tweets takes {evaluation['seconds']:.1f} s; forward passes alone, in the "
         f"fastest batches (of {evaluation['batch_size']}), take {evaluation['forward_seconds']:.1f} s.",
-        f"A whole run of `distill` with a teacher that is there took {run['seconds']:.1f} s: {run['steps']:.1f} s for "
-        f"training steps, {run['evaluations']:.1f} s for evaluations and {run['outside']:.1f} s for everything else.",
+        f"One complete call of `distill`, with the teacher's logits already stored, took {run['seconds']:.1f} s: "
+        f"{run['steps']:.1f} s for training steps, {run['evaluations']:.1f} s for evaluations on validation and test, "
+        f"and {run['outside']:.1f} s for everything else. The first table counts the training alone.",
         f"A fresh process makes its first step after {start['first_step']:.1f} s, most of which is loading PyTorch, "
         "transformers and datasets.",
     ]
@@ -202,11 +217,13 @@ def token_losses() -> str:
     )
     return "\n".join(
         [
-            conformance.as_markdown(conformance.speed_table(stored)),
+            conformance.as_markdown(conformance.speed_table(stored).rename(columns={"times ours": "times as long"})),
             "",
-            f"Loss and gradient of {sizes} tokens, of which a quarter does not count: medians of {token_speed.ROUNDS} "
-            "rounds in which both took turns. Each row was measured by itself, so only numbers of one row can be "
-            f"compared. MB: the most memory held above the logits. {origin(stored)}",
+            f"Time for the loss and its gradient on {sizes} tokens. A quarter of the tokens is left out of the loss, as "
+            f"padding would be. Times are medians of {token_speed.ROUNDS} rounds, in which the toolkit's loss and ours "
+            "ran one after the other; *times as long* says how much longer the toolkit takes. MB is the most memory that "
+            "is needed besides the logits. Our loss was measured again for each row, so compare numbers within one row "
+            f"only. {origin(stored)}",
         ]
     )
 
@@ -223,16 +240,17 @@ def verdicts() -> str:
     case = verdict_study.ARMS["tuned"].recipe
     return "\n".join(
         [
-            "Held to account, in small (students of one layer, at most "
-            f"{case.lengths[-1]} steps, {len(stored['seeds'])} draws of texts for each kind of teacher):",
+            "**How often is the verdict right?** We asked for many small ones, with students of one layer and at most "
+            f"{case.lengths[-1]} steps, {len(stored['seeds'])} draws of texts for each kind of teacher:",
             "",
-            "- With a teacher that knew nothing (a random head, or labels dealt out at random) "
-            f"{ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts said *pays*: {ignorant['share']:.0%}, 95% "
-            f"interval {ignorant['low']:.0%} to {ignorant['high']:.0%}. {left_open['ignorant']} were left "
-            "open, because an arm was not finished.",
-            f"- With the course's teacher, on its tweets and {case.labels:,} labels, {tuned['pays']:.0f} of "
-            f"{tuned['verdicts']:.0f} said *pays*: {tuned['share']:.0%}, {tuned['low']:.0%} to {tuned['high']:.0%}. "
-            f"Left open: {left_open['tuned']}.",
+            "- *Teachers that know nothing.* Half of them had a classification layer with random weights, the others "
+            f"were trained on labels in random order. {ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts said "
+            f"*pays*: {ignorant['share']:.0%}, with a 95% interval from {ignorant['low']:.0%} to {ignorant['high']:.0%}. "
+            f"In {left_open['ignorant']} of the {ignorant['verdicts']:.0f} a student was still improving at the end; "
+            "they count as not *pays*.",
+            f"- *The course's teacher*, on its tweets and {case.labels:,} labels. {tuned['pays']:.0f} of "
+            f"{tuned['verdicts']:.0f} verdicts said *pays*: {tuned['share']:.0%}, with a 95% interval from "
+            f"{tuned['low']:.0%} to {tuned['high']:.0%}. In {left_open['tuned']} a student was still improving.",
             "",
             origin(stored),
         ]
