@@ -167,16 +167,16 @@ def benchmark_tables() -> str:
             "",
             f"{config['train_size']:,} tweets, {config['epochs']} epochs, batches of {config['batch_size']}. Seconds, "
             f"tokens without padding and MB held at the peak: medians of {rounds} rounds, each with a seed of its own.",
-            "How many times as long a way takes as *distillation* is computed within each round; the table has the median "
-            "of these ratios, which need not be the ratio of two medians. Accuracy and NLL are means on validation. "
-            f"Accuracy of *distillation* minus *usual loop*: {100 * difference:+.1f} points (95% interval "
+            "How many times as long a way takes as *distillation* is computed within each round; the table has the "
+            "median of these ratios, which need not be the ratio of two medians. Accuracy and NLL are means on "
+            f"validation. Accuracy of *distillation* minus *usual loop*: {100 * difference:+.1f} points (95% interval "
             f"{100 * low:+.1f} to {100 * high:+.1f}, {rounds} seeds). The two differ in several things at once, "
             "also in the settings of the optimiser, so the number does not say which of them matters.",
             "",
             "In the next table, the 12 settings are pairs of temperature and alpha: the teacher runs once for all of "
-            "them. The peak is the speed of the fastest large matrix product on this machine. The last two rows are the "
-            "time that one run needs for loading, tokenizing and saving, and the time from starting Python to the end "
-            "of the first training step.",
+            "them. The peak is the speed of the fastest large matrix product on this machine. The last two rows are "
+            "the time that one run needs for loading, tokenizing and saving, and the time from starting Python to the "
+            "end of the first training step.",
             "",
             "| aim | measured | target | met |",
             "|---|---|---|---|",
@@ -188,7 +188,7 @@ def benchmark_tables() -> str:
             *_about_runs(stored),
             f"One training with `torch.compile` takes {seconds['compiled_first']:.0f} s the first time, which includes "
             f"the compilation, and {seconds['compiled_again']:.1f} s the second time. Without `torch.compile` it takes "
-            f"{seconds['uncompiled']:.1f} s. So the course does not use it. (One run each, apart from the rounds above.)",
+            f"{seconds['uncompiled']:.1f} s. So the course does not use it. (One run each, apart from the rounds.)",
             f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
             f"{made['precision']}.",
         ]
@@ -219,11 +219,11 @@ def token_losses() -> str:
         [
             conformance.as_markdown(conformance.speed_table(stored).rename(columns={"times ours": "times as long"})),
             "",
-            f"Time for the loss and its gradient on {sizes} tokens. A quarter of the tokens is left out of the loss, as "
-            f"padding would be. Times are medians of {token_speed.ROUNDS} rounds, in which the toolkit's loss and ours "
-            "ran one after the other; *times as long* says how much longer the toolkit takes. MB is the most memory that "
-            "is needed besides the logits. Our loss was measured again for each row, so compare numbers within one row "
-            f"only. {origin(stored)}",
+            f"Time for the loss and its gradient on {sizes} tokens. A quarter of the tokens is left out of the loss, "
+            f"as padding would be. Times are medians of {token_speed.ROUNDS} rounds, in which the toolkit's loss and "
+            "ours ran one after the other; *times as long* says how much longer the toolkit takes. MB is the most "
+            "memory that is needed besides the logits. Our loss was measured again for each row, so compare numbers "
+            f"within one row only. {origin(stored)}",
         ]
     )
 
@@ -244,8 +244,9 @@ def verdicts() -> str:
             f"{case.lengths[-1]} steps, {len(stored['seeds'])} draws of texts for each kind of teacher:",
             "",
             "- *Teachers that know nothing.* Half of them had a classification layer with random weights, the others "
-            f"were trained on labels in random order. {ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts said "
-            f"*pays*: {ignorant['share']:.0%}, with a 95% interval from {ignorant['low']:.0%} to {ignorant['high']:.0%}. "
+            f"were trained on labels in random order. {ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts "
+            f"said *pays*: {ignorant['share']:.0%}, with a 95% interval from {ignorant['low']:.0%} to "
+            f"{ignorant['high']:.0%}. "
             f"In {left_open['ignorant']} of the {ignorant['verdicts']:.0f} a student was still improving at the end; "
             "they count as not *pays*.",
             f"- *The course's teacher*, on its tweets and {case.labels:,} labels. {tuned['pays']:.0f} of "

@@ -18,15 +18,17 @@ from kd_helpers import __version__, artifacts
 from kd_helpers.config import PRESETS, DistillConfig, expanded, settings_help
 from kd_helpers.course import plots
 from kd_helpers.course.pages import TEMPLATES, Content, PageRenderer
-from kd_helpers.data import OWN_SHARES
+from kd_helpers.data import OWN_SHARES, TEST_SIZE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES, PAYS, UNFINISHED
 from kd_helpers.experiments.signals import BASELINE
-from kd_helpers.experiments.verdict import EFFECT, TEACHER, verdict
+from kd_helpers.experiments.verdict import TEACHER, verdict
 from kd_helpers.experiments.verdict_plan import FALLS, RATES
-from kd_helpers.experiments.verdict_runs import DISTILLED, UNIFORM
+from kd_helpers.experiments.verdict_runs import DISTILLED, EFFECT, UNIFORM
 from kd_helpers.loop import DivergedError
 
 ALL_LABELS = 10_000  # labelled texts that teacher and student take from a file, unless somebody says otherwise
+FEW_VALIDATION = 200  # texts, with fewer of which choices are hardly worth the name
+SPLITS_CUT = {"labelled": "teacher_train", "unlabelled": "transfer"}  # which a small budget may cut
 UNITS = {"h": 3600, "m": 60, "s": 1}
 WORDS = {"accuracy": "accuracy", "macro_recall": "macro recall"}
 # What each answer says of each question, to be put together to a sentence.
@@ -147,6 +149,7 @@ def next_steps(result: Mapping[str, Any]) -> list[str]:
     """What to do next, one sentence or two each; the most important first."""
     return [
         *_about_unfinished(result),
+        *_about_few_texts(result),
         *_about_teacher(result),
         *_about_eight_bits(result),
         *_about_needed(result),
@@ -160,8 +163,8 @@ def _about_unfinished(result: Mapping[str, Any]) -> list[str]:
     lengths = list(result["losses"])
     if not result["unfinished"]:
         return [
-            f"**Steps.** {int(lengths[-1]):,} steps are enough: against half as many, no arm's validation loss fell by "
-            f"more than {FALLS:.0%}."
+            f"**Steps.** {int(lengths[-1]):,} steps are enough: no kind of student was clearly better with them than "
+            "with half as many."
         ]
     names = ", ".join(f"“{title_of(result, name)}”" for name in result["unfinished"])
     return [
@@ -170,13 +173,30 @@ def _about_unfinished(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _about_few_texts(result: Mapping[str, Any]) -> list[str]:
+    said, kept, given = [], split_size(result, "teacher_train"), result["before"]["labelled"]
+    if kept < given:
+        said.append(
+            f"**All labels.** The budget allowed only {kept:,} of {given:,} labelled texts, so the answers hold for so "
+            "many. A larger budget uses more."
+        )
+    validation = split_size(result, "validation")
+    if validation < FEW_VALIDATION:
+        said.append(
+            f"**More validation texts.** There are only {validation:,}, by which learning rates, moments and students "
+            "were chosen, so these choices are little better than chance."
+        )
+    return said
+
+
 def _larger_budget(result: Mapping[str, Any]) -> str:
     """How to go on with more time. Where texts were cut, a larger budget alone would buy whole texts, not steps."""
     config, before = result["config"], result["before"]
     options = f"`--budget {budget_of(result)}`"
     if config["max_length"] < before["max_length"]:
         return f"{options} with `--max-length {config['max_length']}`, so that the time is spent on steps."
-    if split_size(result, "teacher_train") < before["labelled"]:
+    cut = {name: split_size(result, split) < before[name] for name, split in SPLITS_CUT.items()}
+    if any(cut.values()) or config["teacher_epochs"] < before["teacher_epochs"]:
         return f"{options}."
     return f"{options}; what is trained already is used again."
 
@@ -215,7 +235,9 @@ def _about_needed(result: Mapping[str, Any]) -> list[str]:
         ways = []
         if seeds:
             ways.append(f"about {seeds} seeds (a larger budget)")
-        if texts:
+        if texts and (texts > TEST_SIZE or result["config"]["test_data"]):
+            ways.append(f"about {_rounded(texts):,} test texts in a file of their own (`--test-data`)")
+        elif texts:
             share = OWN_SHARES["test"][0]
             ways.append(f"about {_rounded(texts):,} test texts ({_rounded(texts / share):,} labelled texts in all)")
         compared = f"{title_of(result, entry['student'])} against {title_of(result, entry['against'])}"
@@ -338,8 +360,9 @@ def break_even(result: Mapping[str, Any]) -> str:
     saved = 1 / by_model["teacher"]["texts_per_second"] - 1 / by_model["student"]["texts_per_second"]
     seconds = result["seconds"]
     training = sum(seconds.values())
-    taken = f"Training a student took about {_minutes(seconds['student'])}"
-    taken += f", the teacher and its logits {_minutes(seconds['teacher'])}." if "teacher" in seconds else "."
+    taken = f"Training a student took about {_minutes(seconds['student'])}."
+    if "teacher" in seconds:
+        taken += f" By the plan, the teacher and its logits take {_minutes(seconds['teacher'])}."
     if saved <= 0:
         return f"{taken} The student is not faster than its teacher here, so this time is never paid back."
     return (

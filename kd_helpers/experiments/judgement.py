@@ -15,7 +15,7 @@ from scipy import stats
 
 PAYS, DOES_NOT_PAY, CANNOT_TELL, UNFINISHED = "pays", "does not pay", "cannot tell", "unfinished"
 MEASURES = ("accuracy", "macro_recall")
-MOST_SEEDS, MOST_TEXTS = 100, 1_000_000  # what is looked through for a number that would suffice
+MOST_TEXTS = 1_000_000  # that are looked through for a number that would suffice
 
 
 def text_weights(labels: np.ndarray, measure: str) -> np.ndarray:
@@ -73,6 +73,9 @@ def crossed(differences: np.ndarray, weights: np.ndarray | None = None, *, level
     the arms disagree, as Agresti and Min (2005) add it for matched pairs: where two arms agree on all of 40 texts, the
     interval must not be [0, 0].
 
+    Weighted texts have the freedom of fewer: (Σw)²/Σw² of them (Kish 1965). Where four texts of a rare class carry all
+    of a difference, the interval must be that of few texts.
+
     Args:
         differences: `[S, N]`, for each seed and text 1 where only the first arm is right, −1 where only the second is,
             else 0. One row counts as one seed, whose interval covers texts alone.
@@ -85,9 +88,9 @@ def crossed(differences: np.ndarray, weights: np.ndarray | None = None, *, level
     table = differences * weights
     mean, by_seed, by_text = table.mean(), table.mean(axis=1), table.mean(axis=0)
     of_text = max(texts - 1, 1)
+    freedom = {"seed": max(seeds - 1, 1), "text": max(float(weights.sum() ** 2 / (weights**2).sum()) - 1, 1.0)}
     if seeds == 1:
-        squares, freedom = {"text": float(((by_text - mean) ** 2).sum() / of_text)}, {"text": of_text}
-        both = 0.0
+        squares, both = {"text": float(((by_text - mean) ** 2).sum() / of_text)}, 0.0
     else:
         rest = table - by_seed[:, None] - by_text + mean
         both = float((rest**2).sum() / ((seeds - 1) * of_text))
@@ -95,22 +98,21 @@ def crossed(differences: np.ndarray, weights: np.ndarray | None = None, *, level
             "seed": float(texts * ((by_seed - mean) ** 2).sum() / (seeds - 1)),
             "text": float(seeds * ((by_text - mean) ** 2).sum() / of_text),
         }
-        freedom = {"seed": seeds - 1, "text": of_text}
     of_seeds = max(0.0, (squares.get("seed", 0.0) - both) / texts)
     of_texts = max(0.0, (squares["text"] - both) / seeds)
-    least = float((weights**2).mean())
+    least = float(weights.max() ** 2)
     found = Estimate(float(mean), mean, mean, level, seeds, texts, of_seeds, of_texts, both, least)
     variance = found.variance(seeds, texts)
     parts = [
         (of_texts / texts + least / texts**2, freedom["text"]),
-        (of_seeds / seeds, freedom.get("seed", 1)),
-        (both / (seeds * texts), max(seeds - 1, 1) * of_text),
+        (of_seeds / seeds, freedom["seed"]),
+        (both / (seeds * texts), freedom["seed"] * freedom["text"]),
     ]
     half = np.sqrt(variance) * stats.t.ppf((1 + level) / 2, _satterthwaite(parts))
     return dataclasses.replace(found, low=float(mean - half), high=float(mean + half))
 
 
-def _satterthwaite(parts: list[tuple[float, int]]) -> float:
+def _satterthwaite(parts: list[tuple[float, float]]) -> float:
     """The degrees of freedom of a sum of independent variances, each given with its own."""
     return sum(part for part, _ in parts) ** 2 / sum(part**2 / freedom for part, freedom in parts)
 
@@ -131,13 +133,15 @@ def answer(estimate: Estimate, *, above: float, least: float) -> str:
     return DOES_NOT_PAY if estimate.high < least else CANNOT_TELL
 
 
-def needed(estimate: Estimate, *, above: float, least: float) -> dict[str, int | None]:
+def needed(estimate: Estimate, *, above: float, least: float, most_seeds: int) -> dict[str, int | None]:
     """How many seeds, or else how many test texts, would decide, if the estimate stayed what it is.
 
-    Args: see `answer`.
+    Args:
+        estimate, above, least: see `answer`.
+        most_seeds: that can be had.
 
     Returns:
-        `seeds` with the same texts, and `texts` with the same seeds; None where no number up to `MOST_SEEDS` or
+        `seeds` with the same texts, and `texts` with the same seeds; None where no number up to `most_seeds` or
         `MOST_TEXTS` would do.
     """
     room = estimate.gain - above if estimate.gain >= least else least - estimate.gain
@@ -146,7 +150,7 @@ def needed(estimate: Estimate, *, above: float, least: float) -> dict[str, int |
     def suffices(seeds: int, texts: int) -> bool:
         return quantile * np.sqrt(estimate.variance(seeds, texts)) < room
 
-    seeds = range(estimate.seeds + 1, MOST_SEEDS + 1)
+    seeds = range(estimate.seeds + 1, most_seeds + 1)
     texts = np.unique(np.geomspace(estimate.texts + 1, MOST_TEXTS, 400).astype(int)).tolist()
     return {
         "seeds": next((count for count in seeds if suffices(count, estimate.texts)), None),

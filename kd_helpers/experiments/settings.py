@@ -108,8 +108,8 @@ ARMS: dict[str, Arm] = {
 def split(whole: DataSplits) -> DataSplits:
     """The texts of one set: labelled ones for teacher and student, others without labels, and held-out ones.
 
-    A pool that is too small for both is shared out between labelled texts and those without labels, two to one. All
-    held-out texts serve as validation, since nothing is tested here at the end.
+    Of a pool that is too small for both, at most two thirds are labelled texts. All held-out texts serve as validation,
+    since nothing is tested here at the end.
     """
     pool, test = whole.train, whole.test
     held_out = datasets.concatenate_datasets([whole.validation, test.select(range(1, len(test)))])

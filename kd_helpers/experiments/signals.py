@@ -17,7 +17,7 @@ from kd_helpers.resolve import Setup
 from kd_helpers.teacher import TeacherLogits, load_teacher_logits
 
 BASELINE = "baseline"  # the name of the arm that learns from labels alone
-CERTAIN = 100.0  # a logit beside which the others' probabilities vanish in float32
+CERTAIN = 1000.0  # a logit beside which the others' probabilities are 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
@@ -34,6 +32,7 @@ from kd_helpers.experiments.judgement import (
     CANNOT_TELL,
     DOES_NOT_PAY,
     MEASURES,
+    PAYS,
     UNFINISHED,
     Estimate,
     answer,
@@ -52,15 +51,21 @@ from kd_helpers.experiments.verdict_plan import (
 )
 from kd_helpers.experiments.verdict_runs import (
     DISTILLED,
+    EFFECT,
     MORE,
+    MOST_SEEDS,
     TRANSFER,
     UNIFORM,
     Ground,
     Training,
     arms_of,
+    in_order,
+    labels_of,
     prepare,
+    run_logits,
     runs_study,
     try_arm,
+    with_enough_epochs,
 )
 from kd_helpers.loop import DivergedError
 from kd_helpers.metrics import classification_metrics, evaluate, fidelity
@@ -75,7 +80,6 @@ WITHOUT_TEACHER = (BASELINE, STOPPED, UNIFORM)  # the same student, as good as i
 CHEAP = (*WITHOUT_TEACHER, COMMONEST, TFIDF, MORE)  # as cheap to serve as the student, and to make
 BUDGET = 1800.0  # seconds
 VALIDATION_TEXTS = 1000  # at most: every run reads them
-EFFECT = 0.01  # the difference that matters, unless somebody says otherwise: one point
 
 
 # ---- Rivals that need no neural network
@@ -89,21 +93,21 @@ class Rival:
     classes: Callable[[Sequence[str]], np.ndarray]
 
 
-def make_rivals(ground: Ground, measure: str) -> dict[str, Rival]:
+def make_rivals(ground: Ground) -> dict[str, Rival]:
     """What needs no neural network: the commonest class, and logistic regression on words and pairs of words.
 
     Both learn from the student's labelled texts; the regression's strength of regularisation is chosen on validation.
     """
     data = ground.setup.data
     labels, texts = np.array(data.train["label"][:]), data.train["text"][:]
-    held_out, truth = _texts(data.validation), _labels(data.validation)
+    held_out, truth = in_order(data.validation, "text"), labels_of(data.validation)
     commonest = int(np.bincount(labels).argmax())
     rivals = {COMMONEST: Rival("Commonest class", lambda texts: np.full(len(texts), commonest))}
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=50_000, token_pattern=r"\S+")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a rival need not be fitted to the last digit
         fitted = [make_pipeline(words, LogisticRegression(C=C, max_iter=200)).fit(texts, labels) for C in (1.0, 10.0)]
-    weights = text_weights(truth, measure)
+    weights = text_weights(truth, ground.measure)
     best = max(fitted, key=lambda model: float(((model.predict(held_out) == truth) * weights).mean()))
     return rivals | {TFIDF: Rival("TF-IDF and logistic regression", best.predict)}
 
@@ -126,7 +130,7 @@ class Candidate:
     score: float
 
 
-def choose(ground: Ground, runs: Runs, rivals: Mapping[str, Rival], measure: str) -> dict[str, Any]:
+def choose(ground: Ground, runs: Runs, rivals: Mapping[str, Rival]) -> dict[str, Any]:
     """Decide on validation which candidates stand for their kind.
 
     Returns:
@@ -134,19 +138,17 @@ def choose(ground: Ground, runs: Runs, rivals: Mapping[str, Rival], measure: str
         are asked, and `reference`, the one without a teacher with which classes are compared. An arm that is unfinished
         is not chosen; where none is left, the name is None.
     """
-    labels = _labels(ground.setup.data.validation)
-    weights = text_weights(labels, measure)
+    labels = labels_of(ground.setup.data.validation)
+    weights = text_weights(labels, ground.measure)
 
     def score(classes: np.ndarray) -> float:
         return float(((classes == labels) * weights).mean())
 
     candidates = {
-        name: Candidate(arm.title, name, score(_classes(runs, name, "last", "validation")))
-        for name, arm in runs.arms.items()
+        name: Candidate(title, arm, score(_logits(runs, name, "validation").argmax(axis=-1)))
+        for name, (title, arm, _) in ways_of(runs).items()
     }
-    stopped = score(_classes(runs, BASELINE, "best", "validation"))
-    candidates[STOPPED] = Candidate("Labels only, stopped at its best", BASELINE, stopped)
-    texts = _texts(ground.setup.data.validation)
+    texts = in_order(ground.setup.data.validation, "text")
     for name, rival in rivals.items():
         candidates[name] = Candidate(rival.title, "", score(rival.classes(texts)))
 
@@ -161,34 +163,19 @@ def choose(ground: Ground, runs: Runs, rivals: Mapping[str, Rival], measure: str
     }
 
 
-def _in_order(split: datasets.Dataset, column: str) -> list[Any]:
-    """A column in order of the ids, as predictions are."""
-    values = split[column][:]
-    return [values[index] for index in np.argsort(split["id"][:])]
+def ways_of(runs: Runs) -> dict[str, tuple[str, str, str]]:
+    """How the runs are used: title, arm and moment of each candidate that is an arm's student, by name.
+
+    The baseline counts as it is after its last step, and at its best moment; the one with more labels at its best.
+    """
+    ways = {name: (arm.title, name, "best" if name == MORE else "last") for name, arm in runs.arms.items()}
+    return ways | {STOPPED: ("Labels only, stopped at its best", BASELINE, "best")}
 
 
-def _texts(split: datasets.Dataset) -> list[str]:
-    return _in_order(split, "text")
-
-
-def _labels(split: datasets.Dataset) -> np.ndarray:
-    return np.array(_in_order(split, "label"))
-
-
-def _run_logits(run: Mapping[str, Any], moment: str, split: str) -> np.ndarray:
-    """What the student of a run predicts for a split: logits `[N, C]`."""
-    file = artifacts.artifacts_dir() / run["folder"] / f"{split}.safetensors"
-    return safetensors.torch.load(file.read_bytes())[moment].numpy()
-
-
-def _logits(runs: Runs, arm: str, moment: str, split: str) -> np.ndarray:
-    """The same of all students of an arm: `[S, N, C]`."""
-    return np.stack([_run_logits(run, moment, split) for run in runs.runs[arm]])
-
-
-def _classes(runs: Runs, arm: str, moment: str, split: str) -> np.ndarray:
-    """The same as numbers of classes `[S, N]`."""
-    return _logits(runs, arm, moment, split).argmax(axis=-1)
+def _logits(runs: Runs, candidate: str, split: str) -> np.ndarray:
+    """What the students of a candidate predict for a split: `[S, N, C]`."""
+    _, arm, moment = ways_of(runs)[candidate]
+    return np.stack([run_logits(run, moment, split) for run in runs.runs[arm]])
 
 
 # ---- The test split
@@ -216,12 +203,11 @@ def open_test(ground: Ground, runs: Runs, rivals: Mapping[str, Rival]) -> Opened
     tokenizer = setup.tokenizers.teacher
     tokens = tokenize(test, tokenizer, setup.config.max_length)
     of_teacher = cached_logits(ground.model, tokens, tokenizer, precision=setup.precision)
-    logits = {arm: _logits(runs, arm, "last", "test") for arm in runs.arms}
-    logits[STOPPED] = _logits(runs, BASELINE, "best", "test")
+    logits = {name: _logits(runs, name, "test") for name in ways_of(runs)}
     logits[TEACHER] = of_teacher.lookup(torch.tensor(sorted(test["id"][:]))).numpy()[None]
     classes = {name: values.argmax(axis=-1) for name, values in logits.items()}
-    classes |= {name: rival.classes(_texts(test))[None] for name, rival in rivals.items()}
-    return Opened(_labels(test), classes, logits)
+    classes |= {name: rival.classes(in_order(test, "text"))[None] for name, rival in rivals.items()}
+    return Opened(labels_of(test), classes, logits)
 
 
 def difference(opened: Opened, first: str, second: str, measure: str, *, level: float) -> Estimate:
@@ -235,10 +221,11 @@ def questions(
 ) -> list[dict[str, Any]]:
     """The three questions and their answers.
 
-    A student must be better than *every* one of those that it is compared with. So where it fails against one it fails,
-    and otherwise the answer is that of the strongest: the one against which the interval begins lowest. One that is
-    unfinished would be stronger with more training: beside it a student can fail, but not pay. The first question has
-    two parts where there are texts without labels; its intervals are widened so that both hold together (Bonferroni).
+    A student must be better than *every* one of those that it is compared with. So it pays if it pays against each, and
+    where it fails against one it fails. The answer that is shown is that against the strongest of those that decide,
+    the one against which the interval begins lowest. One that is unfinished would be stronger with more training:
+    beside it a student can fail, but not pay. Intervals are widened (Bonferroni) where answers must be right together:
+    the two parts of the first question, if there are texts without labels, and the failures against several rivals.
 
     Args:
         opened: the test split.
@@ -264,15 +251,19 @@ def questions(
         if asked_of is None or asked_of in unfinished or not finished:
             continue
         estimates = {name: difference(opened, asked_of, name, measure, level=level) for name in finished}
-        found_of = {name: answer(estimate, above=above, least=least) for name, estimate in estimates.items()}
-        lost = [name for name, found in found_of.items() if found == DOES_NOT_PAY]
+        paid = [name for name, found in estimates.items() if answer(found, above=above, least=least) == PAYS]
+        for_failure = 1 - (1 - level) / len(finished)
+        wider = {name: difference(opened, asked_of, name, measure, level=for_failure) for name in finished}
+        lost = [name for name, found in wider.items() if answer(found, above=above, least=least) == DOES_NOT_PAY]
         if len(finished) < len(present) and not lost:
             continue
-        strongest = min(lost or finished, key=lambda name: estimates[name].low)
-        estimate, found = estimates[strongest], found_of[strongest]
+        deciding = lost or [name for name in finished if name not in paid] or finished
+        strongest = min(deciding, key=lambda name: estimates[name].low)
+        found = DOES_NOT_PAY if lost else PAYS if strongest in paid else CANNOT_TELL
+        estimate = estimates[strongest] if found == PAYS else wider[strongest]
         entry |= {"against": strongest, "answer": found, "estimate": estimate.to_dict()}
         if found == CANNOT_TELL:
-            entry["needed"] = needed(estimate, above=above, least=least)
+            entry["needed"] = needed(estimate, above=above, least=least, most_seeds=MOST_SEEDS)
     return answers
 
 
@@ -331,13 +322,12 @@ def other_settings(usual: Training) -> list[Training]:
     return [dataclasses.replace(usual, signal=other) for other in others]
 
 
-def try_settings(ground: Ground, runs: Runs, student: str, measure: str, most: int) -> dict[str, list[dict[str, Any]]]:
+def try_settings(ground: Ground, runs: Runs, student: str, most: int) -> dict[str, list[dict[str, Any]]]:
     """Other alphas and temperatures, and fewer texts without labels, each against the chosen student.
 
     Args:
         ground, runs: of the verdict.
         student: the chosen one's arm.
-        measure: see `verdict`.
         most: how many are tried at most.
 
     Returns:
@@ -350,11 +340,11 @@ def try_settings(ground: Ground, runs: Runs, student: str, measure: str, most: i
     tried = [*(dataclasses.replace(usual, share=share) for share in shares), *other_settings(usual)][:most]
     arms = {f"try {number}": Arm("Another setting", training) for number, training in enumerate(tried)}
     study = runs_study(ground, arms, runs.steps, try_arm)
-    labels = _labels(data.validation)
-    weights = text_weights(labels, measure)
+    labels = labels_of(data.validation)
+    weights = text_weights(labels, ground.measure)
 
     def right(run: Mapping[str, Any]) -> np.ndarray:
-        return (_run_logits(run, "last", "validation").argmax(axis=-1) == labels).astype(float)
+        return (run_logits(run, "last", "validation").argmax(axis=-1) == labels).astype(float)
 
     of_usual = right(runs.runs[student][0])
     settings, curve = [], [(1.0, of_usual)] if shares else []
@@ -442,7 +432,8 @@ def verdict(
     Args:
         config: data, models, and the temperature, alpha and batch size of the students. How many steps they make is
             the plan's choice; their learning rate is `learning_rate` or a multiple of it (see `verdict_plan.run_all`).
-        data: the splits, if they are loaded already.
+        data: the splits, if they are loaded already, each in random order: what is too much for the budget is left out
+            at the end.
         budget: seconds that it may take, about.
         plan: what to run, in place of a plan for the budget.
         effect: the difference that matters, as a share: 0.01 is one point of the measure.
@@ -452,7 +443,8 @@ def verdict(
     Returns:
         Ready for JSON: `made_with`, `config`, `plan`, `steps`, `seeds`, `unfinished`, `losses` (validation loss of the
         first seed by length and arm), `rates` (the learning rate of each arm), `sizes` of the splits, `notes`, `before`
-        (`max_length` and the number of `labelled` texts before the budget cut anything), `choices` (made on
+        (`max_length`, `teacher_epochs` and the numbers of `labelled` and `unlabelled` texts before the budget cut
+        anything), `choices` (made on
         validation), `questions` (see there), `table` (see `measures_table`), `by_class`, `tries` (see `try_settings`),
         `costs`, and `seconds` of a student and, if there was a budget, of the teacher.
 
@@ -470,41 +462,53 @@ def verdict(
             raise ValueError(f"the split {split!r} has no texts; a verdict needs some in train, validation and test.")
     whole, seconds = setup, {}
     if plan is None:
+        whole = dataclasses.replace(whole, config=with_enough_epochs(whole.config, whole.data))
         setup, plan = plan_within(budget, setup)
         seconds["teacher"] = plan.teacher_seconds
     report(describe_plan(plan, setup, whole))
-    ground = dataclasses.replace(prepare(setup), measure=measure)
-    result, runs = ask(ground, plan, effect=effect, measure=measure)
+    present = set(setup.data.train["label"][:])
+    if len(present) < 2:
+        raise ValueError(
+            f"all {len(setup.data.train):,} labelled texts of the student are of one class; give more of them "
+            "(--labels), or a larger budget."
+        )
+    ground = dataclasses.replace(prepare(setup), measure=measure, effect=effect)
+    result, runs = ask(ground, plan)
     student = result["choices"]["student"] or DISTILLED
     seconds["student"] = float(np.mean([run["seconds"] for run in runs.runs[student]]))
     cost = costs(ground, runs, student, eight_bits=not plan.rough)
     return result | {
         "notes": [*setup.data.notes, *_cuts(setup, whole)],
-        "before": {"max_length": whole.config.max_length, "labelled": len(whole.data.teacher_train)},
+        "before": {
+            "max_length": whole.config.max_length,
+            "labelled": len(whole.data.teacher_train),
+            "unlabelled": len(whole.data.transfer),
+            "teacher_epochs": whole.config.teacher_epochs,
+        },
         "costs": cost,
         "seconds": seconds,
     }
 
 
 def _with_fewer_validation_texts(setup: Setup) -> Setup:
-    """At most `VALIDATION_TEXTS` of them; their order is as good as random."""
+    """The first `VALIDATION_TEXTS` of them."""
     validation = setup.data.validation
     validation = validation.select(range(min(VALIDATION_TEXTS, len(validation))))
     return dataclasses.replace(setup, data=dataclasses.replace(setup.data, validation=validation))
 
 
-def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dict[str, Any], Runs]:
+def ask(ground: Ground, plan: Plan) -> tuple[dict[str, Any], Runs]:
     """Run a plan, choose on validation, open the test split, and answer the three questions.
 
     Args, returns: see `verdict`; the result lacks what depends on the time that things take. The runs come beside it.
     """
     config, data = ground.setup.config, ground.setup.data
-    runs, rivals = run_all(ground, plan), make_rivals(ground, measure)
-    choices = choose(ground, runs, rivals, measure)
+    rivals, runs = make_rivals(ground), run_all(ground, plan)
+    choices = choose(ground, runs, rivals)
     student, reference = choices["student"], choices["reference"]
     tries = {"settings": [], "curve": []}
     if plan.tries and student:
-        tries = try_settings(ground, runs, student, measure, plan.tries)
+        tries = try_settings(ground, runs, student, plan.tries)
     opened = open_test(ground, runs, rivals)
     titles = {name: candidate["title"] for name, candidate in choices["candidates"].items()} | {TEACHER: "The teacher"}
     judged = student is not None and reference is not None
@@ -512,8 +516,8 @@ def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dic
         "made_with": made_with("kd_helpers.experiments.verdict"),
         "config": config.to_dict(),
         "plan": dataclasses.asdict(plan),
-        "effect": effect,
-        "measure": measure,
+        "effect": ground.effect,
+        "measure": ground.measure,
         "sizes": describe_splits(data).to_dict("index"),
         "steps": runs.steps,
         "seeds": len(runs.runs[BASELINE]),
@@ -521,7 +525,7 @@ def ask(ground: Ground, plan: Plan, *, effect: float, measure: str) -> tuple[dic
         "losses": {str(length): dict(losses) for length, losses in runs.losses.items()},
         "rates": {arm: recipe.recipe.learning_rate for arm, recipe in runs.arms.items()},
         "choices": choices,
-        "questions": questions(opened, student, runs.unfinished, measure, effect),
+        "questions": questions(opened, student, runs.unfinished, ground.measure, ground.effect),
         "table": measures_table(opened, titles),
         "by_class": class_differences(opened, student, reference, data.label_names) if judged else [],
         "tries": tries,
@@ -544,7 +548,9 @@ def describe_plan(plan: Plan, setup: Setup, whole: Setup) -> str:
     ]
     if plan.seconds:
         lines.append(f"time: about {math.ceil(plan.seconds / 60)} minutes at most")
-    if plan.rough:
+    if plan.exceeds:
+        lines.append("this is more than the budget, but the least that can be run; the answer is a rough one")
+    elif plan.rough:
         lines.append(f"this is a rough answer: {ROUGH / 60:.0f} minutes or more would allow a better one")
     return "\n".join(lines)
 
@@ -555,6 +561,12 @@ def _cuts(setup: Setup, whole: Setup) -> list[str]:
     kept, labelled = len(setup.data.teacher_train), len(whole.data.teacher_train)
     if kept < labelled:
         said.append(f"To keep to the budget, {kept:,} of {labelled:,} labelled texts are used.")
+    unlabelled, readable = len(whole.data.transfer), len(setup.data.transfer)
+    if readable < unlabelled:
+        said.append(f"To keep to the budget, {readable:,} of {unlabelled:,} texts without labels are used.")
+    epochs, wanted = setup.config.teacher_epochs, whole.config.teacher_epochs
+    if epochs < wanted:
+        said.append(f"To keep to the budget, the teacher is fine-tuned for {epochs} epochs instead of {wanted}.")
     tokens, before = setup.config.max_length, whole.config.max_length
     if tokens < before:
         said.append(f"To keep to the budget, texts are cut at {tokens} tokens instead of {before}.")

@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -20,32 +21,37 @@ from tqdm.auto import tqdm
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
+from kd_helpers.experiments.judgement import crossed, text_weights
 from kd_helpers.experiments.signals import uniform_logits
 from kd_helpers.experiments.study import Arm, Study, run_arm
 from kd_helpers.experiments.verdict_runs import (
     MOST_SEEDS,
     Ground,
     arms_of,
+    labels_of,
+    run_logits,
     runs_study,
     steps_an_epoch,
     with_enough_epochs,
 )
 from kd_helpers.loop import DivergedError, classifier_loss, fit, recipe
 from kd_helpers.metrics import predict
-from kd_helpers.models import checkpoint_version, load_student
+from kd_helpers.models import checkpoint_version, load_student, load_teacher
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup
-from kd_helpers.teacher import attach, fine_tuned_teacher
+from kd_helpers.teacher import attach
 
 MODULE = "kd_helpers.experiments.verdict_plan"
 RATES = (1.0, 3.0)  # learning rates that every arm is tried with, as multiples of the configuration's
-LENGTHS = (60, 125, 250, 500, 1000, 2000, 4000)  # steps that are tried, each about twice the one before
+LENGTHS = (60, *(125 * 2**doubled for doubled in range(10)))  # steps that are tried: 60, 125, 250, … 64,000
 TRIED = 3  # of them at most
 ENOUGH_STEPS, FEWEST_TOKENS = 500, 32  # where a budget allows fewer steps, texts are cut, but not shorter than this
 WORTH_CUTTING = 0.2  # of the tokens, which a cut must save at least
 FEWEST_SEEDS = 4  # of an arm: with fewer, the interval over seeds is very wide
 TEACHER_SHARE, TRIES_SHARE = 0.4, 0.1  # of the budget, at most: for the teacher, and for what to try next
+READING_SHARE = 0.1  # of the budget, at most: for the teacher's logits of texts without labels
 FALLS = 0.03  # an arm is unfinished where twice the steps lower its validation loss by more than this share
+ONE_SIDED = 0.9  # the level of an interval of which one side is left with a probability of 5%
 ROUGH = 600.0  # seconds; a smaller budget gives a rough answer
 
 
@@ -68,6 +74,7 @@ class Plan:
         seeds: of every arm, for each of the lengths, should it be the one that is chosen.
         tries: how many other settings are tried at most, with the first seed (see `verdict.try_settings`).
         rough: whether the budget is too small for an answer to rely on.
+        exceeds: whether even the least that can be run takes longer than the budget.
         seconds: what it will take, by the measured speed; 0 where no speed was measured.
         teacher_seconds: of these, what fine-tuning the teacher and its logits take.
     """
@@ -76,6 +83,7 @@ class Plan:
     seeds: tuple[int, ...]
     tries: int = 0
     rough: bool = False
+    exceeds: bool = False
     seconds: float = 0.0
     teacher_seconds: float = 0.0
 
@@ -83,10 +91,9 @@ class Plan:
 def measure_speed(setup: Setup) -> Speed:
     """Time a few steps and forward passes of both models on the texts that they will read."""
     data, tokenizers, config = setup.data, setup.tokenizers, setup.config
-    untuned = dataclasses.replace(setup, config=config.replace(teacher_epochs=0))
     found = {}
     student = load_student(config, data.label_names, tokenizers.student)
-    teacher = fine_tuned_teacher(untuned).requires_grad_(True)
+    teacher = load_teacher(config, data.label_names, tokenizers.teacher)
     for name, model, texts, tokenizer, batch_size in (
         ("student", student, data.student_train, tokenizers.student, config.batch_size),
         ("teacher", teacher, data.teacher_train, tokenizers.teacher, DistillConfig.batch_size),
@@ -119,7 +126,7 @@ def stored_speed(setup: Setup) -> Speed:
         "machine": setup.machine,
         "threads": torch.get_num_threads(),
         "models": [checkpoint_version(name) for name in (teacher, setup.config.student_source or teacher)],
-        "texts": dataset_digest(setup.data.student_train),
+        "texts": [dataset_digest(part) for part in (setup.data.student_train, setup.data.teacher_train)],
         "batch_size": setup.config.batch_size,
         "max_length": setup.config.max_length,
     }
@@ -146,11 +153,14 @@ def teacher_seconds(config: DistillConfig, speed: Speed, data: DataSplits) -> fl
 def within_budget(
     budget: float, speed: Speed, config: DistillConfig, data: DataSplits
 ) -> tuple[DistillConfig, DataSplits]:
-    """The teacher's epochs and the labelled texts of teacher and student, such that time is left for the students.
+    """The teacher's epochs and the texts of teacher and student, such that time is left for the students.
 
+    Texts without labels are left out where the teacher would need more than `READING_SHARE` of the budget to read them.
     Where `with_enough_epochs` asks for more than `TEACHER_SHARE` of the budget, the teacher first gets fewer epochs,
-    but not fewer than `config` says, and then fewer texts.
+    but not fewer than `config` says, and then fewer texts. Of each split the first texts are kept.
     """
+    readable = max(1, int(READING_SHARE * budget / speed.teacher_text))
+    data = dataclasses.replace(data, transfer=_first(data.transfer, readable))
     enough = with_enough_epochs(config, data)
     affordable = TEACHER_SHARE * budget / teacher_seconds(enough, speed, data) if enough.teacher_epochs else math.inf
     if affordable >= 1:
@@ -158,9 +168,12 @@ def within_budget(
     epochs = max(config.teacher_epochs, math.floor(affordable * enough.teacher_epochs))
     share = min(1.0, affordable * enough.teacher_epochs / epochs)
     kept = max(DistillConfig.batch_size, round(share * len(data.teacher_train)))
-    train = data.train.select(range(min(kept, len(data.train))))
-    teacher_train = data.teacher_train.select(range(min(kept, len(data.teacher_train))))
-    return config.replace(teacher_epochs=epochs), dataclasses.replace(data, teacher_train=teacher_train, train=train)
+    fewer = {"train": _first(data.train, kept), "teacher_train": _first(data.teacher_train, kept)}
+    return config.replace(teacher_epochs=epochs), dataclasses.replace(data, **fewer)
+
+
+def _first(split: datasets.Dataset, most: int) -> datasets.Dataset:
+    return split.select(range(min(most, len(split))))
 
 
 def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSplits) -> Plan:
@@ -169,8 +182,8 @@ def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSpli
     Two lengths are needed to see whether an arm is finished, so a budget that is too small for the two shortest is
     exceeded.
     """
-    rough, moments = budget < ROUGH, [len(arm.recipe.moments) for arm in arms_of(config, data).values()]
-    for_tries = 0.0 if rough else TRIES_SHARE * budget
+    moments = [len(arm.recipe.moments) for arm in arms_of(config, data).values()]
+    for_tries = 0.0 if budget < ROUGH else TRIES_SHARE * budget
     for_teacher = teacher_seconds(config, speed, data)
     left = budget - for_tries - for_teacher
 
@@ -187,7 +200,9 @@ def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSpli
         seeds.append(max(fitting, default=FEWEST_SEEDS))
     longest = max(cost(lengths[:end], count) for end, count in enumerate(seeds, start=1))
     tries = int(for_tries / run_seconds(lengths[-1], 1, speed, data))
-    return Plan(lengths, tuple(seeds), tries, rough, for_teacher + longest + for_tries, for_teacher)
+    exceeds = cost(lengths, FEWEST_SEEDS) > left
+    rough = exceeds or budget < ROUGH
+    return Plan(lengths, tuple(seeds), tries, rough, exceeds, for_teacher + longest + for_tries, for_teacher)
 
 
 def plan_within(budget: float, setup: Setup) -> tuple[Setup, Plan]:
@@ -221,8 +236,7 @@ class Runs:
         steps: of each.
         arms: title and recipe, by name; each recipe has the learning rate that was best for it.
         runs: of each arm, one for each seed (see `study.run_arm`).
-        unfinished: arms that twice the steps still improve: at the length before this one they were worse by more than
-            `FALLS`.
+        unfinished: arms that twice the steps still improve (see `improves`).
         losses: the lowest `validation_loss` of the first seed, by length and arm, at the better of the `RATES`.
     """
 
@@ -238,9 +252,25 @@ def lowest_loss(run: Mapping[str, Any]) -> float:
     return min(moment["loss"] for moment in run["history"])
 
 
-def still_falls(shorter: float, longer: float) -> bool:
-    """Whether twice the steps lower the validation loss by more than the share `FALLS`."""
-    return longer < (1 - FALLS) * shorter
+def improves(ground: Ground, shorter: Mapping[str, Any], longer: Mapping[str, Any]) -> bool:
+    """Whether twice the steps make a run better on validation.
+
+    They do if they lower its loss by more than the share `FALLS`, or if they raise its measure by what matters, and by
+    more than chance (a paired test over texts, one-sided, at 5%). The second is needed for soft targets of much
+    entropy, the uniform ones above all: their loss hardly moves while the student learns its classes.
+    """
+    if lowest_loss(longer) < (1 - FALLS) * lowest_loss(shorter):
+        return True
+    labels = labels_of(ground.setup.data.validation)
+    before, after = ((best_classes(run) == labels).astype(float) for run in (shorter, longer))
+    rise = crossed(after - before, text_weights(labels, ground.measure), level=ONE_SIDED)
+    return rise.gain >= ground.effect and rise.low > 0
+
+
+def best_classes(run: Mapping[str, Any]) -> np.ndarray:
+    """The classes `[N]` that a run predicts for validation, at its best moment if it was measured at several."""
+    moment = "best" if len(run["history"]) > 1 else "last"
+    return run_logits(run, moment, "validation").argmax(axis=-1)
 
 
 def with_rates(arms: Mapping[str, Arm], rate: float) -> dict[str, dict[str, Arm]]:
@@ -259,34 +289,20 @@ def with_rates(arms: Mapping[str, Arm], rate: float) -> dict[str, dict[str, Arm]
     }
 
 
-def best_of(tried: Sequence[str], run: Callable[[str], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """The one with the lowest loss on validation, and its run; one that diverges is left out.
-
-    Raises:
-        DivergedError: all diverge.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name in tried:
-        try:
-            found[name] = run(name)
-        except DivergedError:
-            if name == tried[-1] and not found:
-                raise
-    return min(found.items(), key=lambda pair: lowest_loss(pair[1]))
-
-
 def run_all(ground: Ground, plan: Plan) -> Runs:
     """Double the steps until no arm gains from it, or the plan ends; then run the other seeds.
 
     At each length every arm is tried with each of the `RATES`. The one with the lower loss on validation counts, and
-    the other seeds use it: a rate that suits labels need not suit soft targets, nor one length the next.
+    the other seeds use it: a rate that suits labels need not suit soft targets, nor one length the next. A rate at
+    which a run diverges is left out.
 
     Raises:
-        DivergedError: an arm has diverged at all rates, or with another seed.
+        DivergedError: an arm diverges at all rates.
     """
     tried = with_rates(arms_of(ground.setup.config, ground.setup.data), ground.setup.config.learning_rate)
     recipes = {name: recipe for of_arm in tried.values() for name, recipe in of_arm.items()}
     losses: dict[int, dict[str, float]] = {}
+    before: dict[str, dict[str, Any]] = {}  # by name, and by arm the better of them
     most = len(recipes) * len(plan.lengths) + len(tried) * (max(plan.seeds) - 1)
     with tqdm(total=most, desc="Verdict", unit="run", leave=False) as bar:
 
@@ -299,12 +315,48 @@ def run_all(ground: Ground, plan: Plan) -> Runs:
 
         for length in plan.lengths:
             study = runs_study(ground, recipes, length)
-            first = {arm: best_of(list(names), functools.partial(run, study, 0)) for arm, names in tried.items()}
-            before = losses.get(max(losses, default=0), {})
-            losses[length] = {arm: lowest_loss(found) for arm, (_, found) in first.items()}
-            unfinished = [arm for arm in tried if arm not in before or still_falls(before[arm], losses[length][arm])]
+            now, ranked = {}, {}
+            for arm, names in tried.items():
+                first = without_diverged(names, functools.partial(run, study, 0))
+                ranked[arm] = sorted(first, key=lambda name, first=first: lowest_loss(first[name]))
+                now |= first | {arm: first[ranked[arm][0]]}
+            losses[length] = {arm: lowest_loss(now[arm]) for arm in tried}
+            unfinished = [
+                arm
+                for arm in tried
+                if not before
+                or any(improves(ground, before[name], now[arm]) for name in (arm, ranked[arm][0]) if name in before)
+            ]
             if not unfinished:
                 break
+            before = now
         seeds = range(1, dict(zip(plan.lengths, plan.seeds, strict=True))[length])
-        runs = {arm: [found, *(run(study, seed, name) for seed in seeds)] for arm, (name, found) in first.items()}
-    return Runs(length, {arm: recipes[name] for arm, (name, _) in first.items()}, runs, tuple(unfinished), losses)
+        chosen, runs = {}, {}
+        for arm, names in ranked.items():
+            for name in names:  # the next, where one diverges with another seed
+                try:
+                    runs[arm] = [now[name], *(run(study, seed, name) for seed in seeds)]
+                except DivergedError:
+                    if name == names[-1]:
+                        raise
+                else:
+                    chosen[arm] = recipes[name]
+                    break
+    return Runs(length, chosen, runs, tuple(unfinished), losses)
+
+
+def without_diverged(names: Iterable[str], run: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The runs of these names, without those that diverge.
+
+    Raises:
+        DivergedError: all diverge.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            found[name] = run(name)
+        except DivergedError as error:
+            last = error
+    if not found:
+        raise last
+    return found

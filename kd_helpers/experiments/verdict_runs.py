@@ -1,6 +1,7 @@
 """The students of a verdict (see `verdict`): what each arm learns from, and one run of one arm.
 
-All arms of a seed start from the same weights, see their texts in the same order and make the same number of steps.
+All arms of a seed start from the same weights and make the same number of steps; those with the same texts see them in
+the same order.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import safetensors.torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
 from kd_helpers.experiments.signals import BASELINE, Signal, uniform_logits
@@ -37,6 +40,7 @@ UNIFORM, DISTILLED, TRANSFER, MORE = "uniform_teacher", "tuned_teacher", "transf
 MOMENTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the baseline, at whose best on validation it can be stopped
 TEACHER_STEPS = 600  # of fine-tuning at least: a few hundred texts make few steps an epoch
 MOST_SEEDS = 8  # of an arm
+EFFECT = 0.01  # the difference that matters, unless somebody says otherwise: one point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Training:
         signal: what the student learns from.
         texts: the split of labelled texts that it reads: "train" or "teacher_train".
         share: of the transfer set that it reads, if its signal has one.
-        learning_rate: peak of the student's; None takes the configuration's.
+        learning_rate: peak of the student's.
         moments: shares of its steps at which it is measured on validation. With more than one, the weights of the best
             are kept as well as the last.
     """
@@ -55,7 +59,7 @@ class Training:
     signal: Signal
     texts: str = "train"
     share: float = 1.0
-    learning_rate: float | None = None
+    learning_rate: float = DistillConfig.learning_rate
     moments: tuple[float, ...] = (1.0,)
 
 
@@ -69,7 +73,8 @@ class Ground:
         teacher: its logits for the texts that students read, and for validation.
         splits: "train", "teacher_train", "transfer" (if it has texts), "validation" and "test", tokenized for the
             student. Of test, `train_arm` makes a file that `open_test` alone reads.
-        measure: of `judgement.MEASURES`, by which the best moment of a run is chosen.
+        measure: of `judgement.MEASURES`, by which models are compared and the best moment of a run is chosen.
+        effect: the difference in it that matters, as a share.
         keep_student: whether a run with seed 0 keeps its student.
     """
 
@@ -78,6 +83,7 @@ class Ground:
     teacher: TeacherLogits
     splits: Mapping[str, datasets.Dataset]
     measure: str = "accuracy"
+    effect: float = EFFECT
     keep_student: bool = True
 
 
@@ -97,7 +103,8 @@ def arms_of(config: DistillConfig, data: DataSplits) -> dict[str, Arm]:
         with_transfer = dataclasses.replace(distilled, transfer=True)
         arms[TRANSFER] = Arm("Distilled, with texts without labels", Training(with_transfer))
     if config.teacher_epochs and len(data.teacher_train) > len(data.train):
-        arms[MORE] = Arm("Labels only, all that the teacher saw", Training(Signal(), texts="teacher_train"))
+        of_teacher = Training(Signal(), texts="teacher_train", moments=MOMENTS)
+        arms[MORE] = Arm("Labels only, all that the teacher saw", of_teacher)
     return arms
 
 
@@ -144,7 +151,7 @@ def train_arm(ground: Ground, steps: int, training: Training, seed: int, folder:
         seed: of head, dropout and order.
         folder: gets `validation.safetensors` and `test.safetensors`: logits `[N, C]` in order of the ids, after the
             `last` step and, if the arm has several moments, at the `best` of them (see `Watch`). With seed 0 it also
-            gets the student.
+            gets a distilled student.
 
     Returns:
         `history` (measures and `loss` on validation at each moment, see `validation_loss`) and `seconds`.
@@ -152,7 +159,7 @@ def train_arm(ground: Ground, steps: int, training: Training, seed: int, folder:
     started = time.perf_counter()
     student, watch = train_student(ground, steps, training, seed)
     tokenizer, precision = ground.setup.tokenizers.student, ground.setup.precision
-    if seed == 0 and ground.keep_student:
+    if seed == 0 and training.signal.teacher == "tuned" and ground.keep_student:
         save_model(folder / "student", student, tokenizer)
     test = evaluation_batches(ground.splits["test"], tokenizer)
     on_test = {"last": predict(student, test, precision).logits}
@@ -184,7 +191,9 @@ def runs_study(
         run: what a run does and keeps: `train_arm` or `try_arm`.
     """
     config, data = ground.setup.config, ground.setup.data
-    shared = config.replace(seed=0, max_steps=steps, temperature=1.0, alpha=0.0)  # each arm and run has its own
+    # Each arm and run has its own:
+    own = {"temperature": 1.0, "alpha": 0.0, "learning_rate": DistillConfig.learning_rate}
+    shared = config.replace(seed=0, max_steps=steps, **own)
     return Study(
         name="verdict",
         module=MODULE,
@@ -211,9 +220,8 @@ def train_student(ground: Ground, steps: int, training: Training, seed: int) -> 
     Args: see `train_arm`.
     """
     setup, signal, splits = ground.setup, training.signal, ground.splits
-    config, tokenizer = setup.config.replace(seed=seed, max_steps=steps), setup.tokenizers.student
-    if training.learning_rate is not None:
-        config = config.replace(learning_rate=training.learning_rate)
+    tokenizer = setup.tokenizers.student
+    config = setup.config.replace(seed=seed, max_steps=steps, learning_rate=training.learning_rate)
     texts = splits[training.texts]
     if signal.transfer:
         transfer = splits["transfer"]
@@ -262,3 +270,29 @@ def validation_loss(signal: Signal, teacher_logits: TeacherLogits | None, found:
     targets = soft_targets(teacher_logits.lookup(found.ids), signal.temperature)
     soft = signal.temperature**2 * F.cross_entropy(found.logits / signal.temperature, targets)
     return (signal.alpha * soft + (1 - signal.alpha) * hard).item()
+
+
+# ---- What was predicted
+
+
+def run_logits(run: Mapping[str, Any], moment: str, split: str) -> np.ndarray:
+    """What the student of a run predicts for a split: logits `[N, C]` in order of the ids.
+
+    Args:
+        run: of `study.run_arm`.
+        moment: "last" or "best".
+        split: "validation" or "test".
+    """
+    file = artifacts.artifacts_dir() / run["folder"] / f"{split}.safetensors"
+    return safetensors.torch.load(file.read_bytes())[moment].numpy()
+
+
+def in_order(split: datasets.Dataset, column: str) -> list[Any]:
+    """A column in order of the ids, as predictions are."""
+    values = split[column][:]
+    return [values[index] for index in np.argsort(split["id"][:])]
+
+
+def labels_of(split: datasets.Dataset) -> np.ndarray:
+    """The numbers of the classes of all texts, `[N]`, in the same order."""
+    return np.array(in_order(split, "label"))

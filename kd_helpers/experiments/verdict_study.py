@@ -26,9 +26,9 @@ from kd_helpers.experiments.environment import environment
 from kd_helpers.experiments.judgement import PAYS
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
 from kd_helpers.experiments.text_sets import TWEETS, all_texts
-from kd_helpers.experiments.verdict import EFFECT, ask
+from kd_helpers.experiments.verdict import ask
 from kd_helpers.experiments.verdict_plan import FEWEST_SEEDS, Plan
-from kd_helpers.experiments.verdict_runs import prepare
+from kd_helpers.experiments.verdict_runs import EFFECT, prepare
 from kd_helpers.models import checkpoint_version, copy_layers, load_classifier, load_tokenizer, save_model
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import resolve
@@ -110,7 +110,7 @@ def run(case: Case, seed: int, folder: Path) -> dict[str, Any]:
         # Once the teacher has learned, no arm shall read the labels that it saw beyond those of the student.
         data = dataclasses.replace(ground.setup.data, teacher_train=ground.setup.data.train)
         ground = dataclasses.replace(ground, setup=dataclasses.replace(ground.setup, data=data), keep_student=False)
-        result, _ = ask(ground, Plan(case.lengths, (FEWEST_SEEDS, FEWEST_SEEDS)), effect=EFFECT, measure="accuracy")
+        result, _ = ask(ground, Plan(case.lengths, (FEWEST_SEEDS, FEWEST_SEEDS)))
     asked = [entry for entry in result["questions"] if entry["question"] != "teacher"]
     return {
         "texts": name,

@@ -95,6 +95,19 @@ def test_the_first_question_is_answered_by_its_better_part(result):
 def test_what_would_decide_is_said_in_test_texts_and_in_labelled_texts(result):
     said = "\n".join(next_steps(judged(result, CANNOT_TELL, PAYS, PAYS, PAYS)))
     assert "about 3,500 test texts (17,000 labelled texts in all) would do" in said
+    result["config"]["test_data"] = "test.csv"
+    said = "\n".join(next_steps(judged(result, CANNOT_TELL, PAYS, PAYS, PAYS)))
+    assert "about 3,500 test texts in a file of their own (`--test-data`) would do" in said
+
+
+def test_what_the_budget_has_cut_is_named_first(result):
+    assert not any("All labels" in one for one in next_steps(result))
+    assert any("More validation texts" in one for one in next_steps(result))
+    result["before"]["labelled"] = 5000
+    (said,) = (one for one in next_steps(result) if "All labels" in one)
+    assert f"only {result['sizes']['teacher_train']['all']:,} of 5,000 labelled texts" in said
+    result["sizes"]["validation"]["all"] = 200
+    assert not any("More validation texts" in one for one in next_steps(result))
 
 
 def test_an_unfinished_arm_is_named_and_the_budget_is_the_remedy(result):
@@ -206,7 +219,7 @@ def test_the_command_says_its_plan_and_writes_its_page(tmp_path, own_artifacts, 
     assert status == 0
     said = capsys.readouterr().out
     assert said.startswith("The plan for texts.csv\nteacher: ")
-    assert "this is a rough answer" in said
+    assert "the answer is a rough one" in said
     assert f"The page: {tmp_path / 'page' / 'verdict.html'}" in said
     result = artifacts.load_json(tmp_path / "page" / "verdict.json")
     assert result["sizes"]["train"]["all"] == result["sizes"]["teacher_train"]["all"] > 100, "all labels, for both"

@@ -84,6 +84,27 @@ def test_macro_recall_is_the_weighted_mean_of_right_answers():
     assert text_weights(labels, "accuracy").tolist() == [1.0] * 100
 
 
+def test_four_texts_of_a_rare_class_do_not_decide():
+    """They are all that the arms differ in. A sign test of four texts has p = 0.125."""
+    labels = np.array([0] * 296 + [1] * 4)
+    difference = (labels == 1).astype(float)
+    found = crossed(difference, text_weights(labels, "macro_recall"))
+    assert found.gain == pytest.approx(0.5)
+    assert found.low < 0 < found.high
+
+
+def test_the_interval_of_macro_recall_holds_the_truth_as_often_as_it_says():
+    """A class of 5% decides half of it; 95% of 400 intervals hold 0, give or take."""
+    rng = np.random.default_rng(5)
+    labels = np.array([0] * 380 + [1] * 20)
+    weights, missed = text_weights(labels, "macro_recall"), 0
+    for _ in range(400):
+        draws = rng.random((4, 400)) + rng.normal(0, 0.3, size=400)
+        found = crossed((draws < 0.1).astype(float) - (draws > 0.9), weights)
+        missed += not found.low <= 0 <= found.high
+    assert missed / 400 <= 0.075
+
+
 def table_of(gain: float, texts: int = 4000, seeds: int = 3) -> np.ndarray:
     """Differences with this mean, from 10% of the texts, the same for all seeds."""
     better = round(texts * (0.1 + gain) / 2)
@@ -116,7 +137,7 @@ def test_close_to_the_teacher_means_that_the_interval_ends_above_what_matters():
 def test_more_texts_of_the_same_kind_decide_where_it_says_so():
     found = crossed(table_of(0.02, 500))
     assert answer(found, above=0.0, least=0.01) == CANNOT_TELL
-    wanted = needed(found, above=0.0, least=0.01)
+    wanted = needed(found, above=0.0, least=0.01, most_seeds=100)
     assert wanted["seeds"] is None, "the seeds agree, so more of them change nothing"
     assert answer(crossed(table_of(0.02, round(1.05 * wanted["texts"]))), above=0.0, least=0.01) == PAYS
     assert answer(crossed(table_of(0.02, round(0.8 * wanted["texts"]))), above=0.0, least=0.01) == CANNOT_TELL
@@ -127,6 +148,8 @@ def test_more_seeds_decide_where_seeds_differ():
     table = np.round(np.clip(rng.normal(0.03, 0.03, size=(3, 1)) + rng.normal(0, 0.1, size=(3, 5000)), -1, 1), 6)
     found = crossed(table)
     assert answer(found, above=0.0, least=0.01) == CANNOT_TELL
-    wanted = needed(found, above=0.0, least=0.01)
+    wanted = needed(found, above=0.0, least=0.01, most_seeds=100)
     assert wanted["seeds"] is not None
     assert found.variance(wanted["seeds"], 5000) < found.variance(3, 5000)
+    few = needed(found, above=0.0, least=0.01, most_seeds=wanted["seeds"] - 1)
+    assert few["seeds"] is None, "no more than can be had are promised"

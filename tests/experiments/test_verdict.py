@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import datasets
 import numpy as np
@@ -37,11 +38,11 @@ from kd_helpers.experiments.verdict_plan import (
     LENGTHS,
     Plan,
     Speed,
+    improves,
     make_plan,
     plan_within,
     run_all,
     run_seconds,
-    still_falls,
     teacher_seconds,
     within_budget,
 )
@@ -50,8 +51,11 @@ from kd_helpers.experiments.verdict_runs import (
     MORE,
     TRANSFER,
     UNIFORM,
+    Ground,
     arms_of,
+    labels_of,
     prepare,
+    run_logits,
     with_enough_epochs,
 )
 from kd_helpers.experiments.watch import Watch, whole_weights
@@ -95,30 +99,31 @@ def test_a_verdict_has_every_part_and_the_same_again_trains_nothing(small, monke
 
 def test_choices_do_not_see_the_test_split(small, monkeypatch):
     """Whatever the students would predict for test, the choices stay what they are."""
-    read, opened = verdicts._run_logits, []
+    read, opened = verdicts.run_logits, []
 
     def seen(run, moment, split):
         opened.append(split)
         return read(run, moment, split)
 
-    monkeypatch.setattr(verdicts, "_run_logits", seen)
+    monkeypatch.setattr(verdicts, "run_logits", seen)
+    monkeypatch.setattr(verdict_plan, "run_logits", seen)
     ground = prepare(resolve(small))
-    runs, rivals = run_all(ground, PLAN), make_rivals(ground, "accuracy")
-    before = verdicts.choose(ground, runs, rivals, "accuracy")
+    runs, rivals = run_all(ground, PLAN), make_rivals(ground)
+    before = verdicts.choose(ground, runs, rivals)
     assert set(opened) == {"validation"}
     for entries in runs.runs.values():
         for entry in entries:
             file = artifacts.artifacts_dir() / entry["folder"] / "test.safetensors"
             logits = safetensors.torch.load(file.read_bytes())
             safetensors.torch.save_file({name: -value for name, value in logits.items()}, file)
-    assert verdicts.choose(ground, runs, rivals, "accuracy") == before
+    assert verdicts.choose(ground, runs, rivals) == before
 
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_texts(small):
     """With alpha 0 a distilled student is the baseline, to the last bit."""
     ground = prepare(resolve(small.replace(alpha=0.0)))
     runs = run_all(ground, PLAN)
-    of = {arm: verdicts._logits(runs, arm, "last", "validation") for arm in (BASELINE, DISTILLED, TRANSFER)}
+    of = {arm: verdicts._logits(runs, arm, "validation") for arm in (BASELINE, DISTILLED, TRANSFER)}
     np.testing.assert_array_equal(of[BASELINE], of[DISTILLED])
     assert np.abs(of[BASELINE] - of[TRANSFER]).max() > 0
     assert np.abs(of[BASELINE][0] - of[BASELINE][1]).max() > 0
@@ -127,10 +132,10 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_texts(small):
 def test_the_best_moment_is_the_best_on_validation(small):
     ground = prepare(resolve(small))
     runs = run_all(ground, PLAN)
-    labels = torch.tensor(verdicts._labels(ground.setup.data.validation))
+    labels = torch.tensor(labels_of(ground.setup.data.validation))
     for entry in runs.runs[BASELINE]:
         best = max(moment["accuracy"] for moment in entry["history"])
-        logits = torch.tensor(verdicts._run_logits(entry, "best", "validation"))
+        logits = torch.tensor(run_logits(entry, "best", "validation"))
         assert classification_metrics(logits, labels)["accuracy"] == best
 
 
@@ -183,6 +188,11 @@ def test_a_larger_budget_gives_longer_runs_or_more_seeds(tweets):
 def test_a_budget_that_is_too_small_gives_the_smallest_plan(tweets):
     config, data = tweets
     plan = make_plan(1.0, FAST, config, data)
+    assert plan.rough
+    assert plan.exceeds
+    slow = dataclasses.replace(FAST, student_step=20.0)
+    assert make_plan(1800.0, slow, config, data).rough, "on a slow machine also with a budget of half an hour"
+    assert not make_plan(1800.0, FAST, config, data).exceeds
     assert plan.lengths == LENGTHS[:2]
     assert plan.seeds == (FEWEST_SEEDS, FEWEST_SEEDS)
     assert plan.seconds > 1
@@ -199,7 +209,21 @@ def test_a_teacher_that_would_take_the_budget_gets_fewer_epochs_and_then_fewer_l
     assert same_epochs.teacher_epochs == config.teacher_epochs
     assert len(fewer.teacher_train) < 10_000
     assert teacher_seconds(same_epochs, FAST, fewer) < 0.6 * 200
-    assert within_budget(10_000.0, FAST, config, data) == (config, data)
+    same_epochs, whole = within_budget(10_000.0, FAST, config, data)
+    assert same_epochs == config
+    assert (len(whole.train), len(whole.teacher_train)) == (2500, 10_000)
+
+
+def test_texts_without_labels_do_not_cost_the_labels_their_time():
+    """The teacher reads as many as a tenth of the budget allows; the rest is left out."""
+    config = DistillConfig(train_size=2000, transfer_size=20_000, teacher_train_size=2000)
+    data, slow = load_splits(config), dataclasses.replace(FAST, teacher_text=0.01)
+    cut, fewer = within_budget(1000.0, slow, config, data)
+    assert len(fewer.transfer) == 10_000
+    assert fewer.transfer["id"][:] == data.transfer["id"][:10_000]
+    assert len(fewer.train) == len(fewer.teacher_train) == 2000
+    assert cut.teacher_epochs >= config.teacher_epochs
+    assert len(within_budget(10_000.0, slow, config, data)[1].transfer) == 20_000
 
 
 @pytest.mark.parametrize(("budget", "tokens"), [(900.0, 64), (20_000.0, 128)])
@@ -243,14 +267,37 @@ def test_labels_that_only_the_teacher_saw_have_an_arm_of_their_own(tweets):
     assert list(arms_of(config, same)) == [BASELINE, UNIFORM, DISTILLED]
 
 
-def test_what_is_unfinished():
-    assert still_falls(1.0, 0.9)
-    assert not still_falls(1.0, 0.98)
-    assert not still_falls(1.0, 1.5)
+@pytest.mark.parametrize(
+    ("loss", "right", "expected"),
+    [
+        (0.9, 200, True),  # the loss falls by a tenth
+        (0.98, 200, False),
+        (1.5, 200, False),
+        (0.9999, 240, True),  # the loss hardly moves, but a tenth of the texts is learned
+        (0.9999, 203, False),  # not more than chance
+        (0.9999, 160, False),
+    ],
+)
+def test_twice_the_steps_help_where_the_loss_falls_or_the_measure_rises(monkeypatch, loss, right, expected):
+    data = load_splits(DistillConfig(train_size=64))
+    data = dataclasses.replace(data, validation=data.validation.select(range(400)))
+    labels = labels_of(data.validation)
+    ground = Ground(types.SimpleNamespace(data=data), None, None, {})
+
+    def run(loss: float, right: int) -> dict:
+        """So many texts are right; those that both runs get right are the same."""
+        return {"history": [{"loss": loss}], "classes": np.where(np.arange(400) < right, labels, (labels + 1) % 3)}
+
+    monkeypatch.setattr(verdict_plan, "best_classes", lambda run: run["classes"])
+    assert improves(ground, run(1.0, 200), run(loss, right)) == expected
 
 
-def made_up_losses(monkeypatch, losses: dict[int, dict[str, float]]) -> list[tuple[int, int, str]]:
-    """Runs that train nothing and have these losses, by steps and name; those without one diverge.
+def made_up_losses(
+    monkeypatch, losses: dict[int, dict[str, float]], diverges: tuple[int, str] | None = None
+) -> list[tuple[int, int, str]]:
+    """Runs that train nothing and have these losses, by steps and name.
+
+    Those without one diverge, and that with this seed and name.
 
     Returns:
         Gets steps, seed and name of each run.
@@ -260,11 +307,12 @@ def made_up_losses(monkeypatch, losses: dict[int, dict[str, float]]) -> list[tup
     def run(study, name, seed):
         steps = study.choices["config"]["max_steps"]
         ran.append((steps, seed, name))
-        if name not in losses[steps]:
+        if name not in losses[steps] or (seed, name) == diverges:
             raise DivergedError(1, {"loss": float("nan")})
         return {"history": [{"loss": losses[steps][name]}], "recipe": study.arms[name].recipe}
 
     monkeypatch.setattr(verdict_plan, "run_arm", run)
+    monkeypatch.setattr(verdict_plan, "best_classes", lambda run: np.zeros(1))  # always the same
     return ran
 
 
@@ -291,7 +339,7 @@ def test_every_arm_gets_the_rate_that_suits_it(small, monkeypatch):
     """One arm learns faster at three times the rate, and is finished there alone."""
     short, long = both_rates(1.0, 2.0), both_rates(1.0, 2.0)
     short |= {f"{DISTILLED}, 1": 1.0, f"{DISTILLED}, 3": 0.5}
-    long |= {f"{DISTILLED}, 1": 0.7, f"{DISTILLED}, 3": 0.49}
+    long |= {f"{DISTILLED}, 1": 0.98, f"{DISTILLED}, 3": 0.49}
     del long[f"{UNIFORM}, 1"]  # diverges
     ran = made_up_losses(monkeypatch, {2: short, 4: long})
     runs = run_all(prepare(resolve(small)), Plan(lengths=(2, 4), seeds=(3, 3)))
@@ -304,6 +352,26 @@ def test_every_arm_gets_the_rate_that_suits_it(small, monkeypatch):
     for arm, of_arm in runs.runs.items():
         assert len(of_arm) == 3
         assert {entry["recipe"].learning_rate for entry in of_arm} == {rates[arm]}
+
+
+def test_an_arm_is_unfinished_while_the_rate_that_it_uses_still_gains(small, monkeypatch):
+    """The best of both rates hardly changes, but the slower one, which is the better now, is on its way."""
+    short, long = both_rates(1.0, 2.0), both_rates(1.0, 2.0)
+    short |= {f"{DISTILLED}, 1": 0.7, f"{DISTILLED}, 3": 0.5}
+    long |= {f"{DISTILLED}, 1": 0.49, f"{DISTILLED}, 3": 0.52}
+    made_up_losses(monkeypatch, {2: short, 4: long})
+    runs = run_all(prepare(resolve(small)), Plan(lengths=(2, 4), seeds=(3, 3)))
+    assert runs.unfinished == (DISTILLED,)
+
+
+def test_where_another_seed_diverges_all_seeds_use_the_other_rate(small, monkeypatch):
+    losses = both_rates(1.0, 0.5)
+    ran = made_up_losses(monkeypatch, {2: losses, 4: losses}, diverges=(2, f"{TRANSFER}, 3"))
+    runs = run_all(prepare(resolve(small)), Plan(lengths=(2, 4), seeds=(3, 3)))
+    rates = {arm: one.recipe.learning_rate / small.learning_rate for arm, one in runs.arms.items()}
+    assert rates == {BASELINE: 3.0, UNIFORM: 3.0, DISTILLED: 3.0, TRANSFER: 1.0}
+    assert ran[-2:] == [(4, 1, f"{TRANSFER}, 1"), (4, 2, f"{TRANSFER}, 1")]
+    assert {entry["recipe"].learning_rate for entry in runs.runs[TRANSFER]} == {small.learning_rate}
 
 
 def test_an_arm_that_diverges_at_every_rate_ends_the_verdict(small, monkeypatch):
@@ -359,12 +427,34 @@ def test_beside_a_rival_that_is_unfinished_a_student_can_fail_but_not_pay():
     assert [entry["answer"] for entry in found] == [DOES_NOT_PAY, PAYS, DOES_NOT_PAY]
 
 
+def test_a_student_pays_only_if_it_pays_against_each():
+    """Against TF-IDF, whose interval begins lower, the gain is large enough to matter; against the baseline not."""
+    student = [1] * 2860 + [0] * 140
+    baseline = [0] * 27 + [1] * 2833 + [0] * 140
+    tfidf = [0] * 174 + [1] * 2812 + [0] * 14  # 1.6 points worse, right on other texts
+    right = {BASELINE: [baseline] * 3, DISTILLED: [student] * 3, TFIDF: [tfidf], TEACHER: [student]}
+    estimates = {name: difference(opened(right), DISTILLED, name, "accuracy", level=0.95) for name in (BASELINE, TFIDF)}
+    assert 0 < estimates[TFIDF].low < estimates[BASELINE].low
+    assert estimates[BASELINE].gain < 0.01 < estimates[TFIDF].gain
+    found = questions(opened(right), DISTILLED, (), "accuracy", 0.01)[-1]
+    assert (found["answer"], found["against"]) == (CANNOT_TELL, BASELINE)
+
+
+def test_failures_against_several_must_hold_together():
+    """The chance of a wrong failure does not grow with the number of rivals."""
+    student, rival = [1] * 700 + [0] * 300, [1] * 719 + [0] * 281
+    alone = {BASELINE: [rival] * 3, DISTILLED: [student] * 3, TEACHER: [student]}
+    several = alone | {TFIDF: [student], MORE: [student] * 3, UNIFORM: [student] * 3, COMMONEST: [student]}
+    found = [questions(opened(one), DISTILLED, (), "accuracy", 0.01)[-1] for one in (alone, several)]
+    assert [one["estimate"]["level"] for one in found] == [0.95, 0.99]
+
+
 def test_failing_against_one_decides_though_another_interval_begins_lower():
     """That of TF-IDF, which is right on other texts, is wider: it alone would leave the question open."""
     poor, good, other = [1] * 210 + [0] * 90, [1] * 220 + [0] * 80, [1] * 60 + [0] * 90 + [1] * 150
     right = {BASELINE: [good] * 3, DISTILLED: [poor] * 3, TFIDF: [other], TEACHER: [poor]}
     found = questions(opened(right), DISTILLED, (), "accuracy", 0.01)[-1]
-    to_tfidf = difference(opened(right), DISTILLED, TFIDF, "accuracy", level=0.95)
+    to_tfidf = difference(opened(right), DISTILLED, TFIDF, "accuracy", level=0.975)
     assert to_tfidf.low < found["estimate"]["low"] < found["estimate"]["high"] < 0 < to_tfidf.high
     assert (found["answer"], found["against"]) == (DOES_NOT_PAY, BASELINE)
 
@@ -380,10 +470,10 @@ def test_a_try_that_diverges_is_left_out(small, monkeypatch):
         return real(study, arm, seed)
 
     monkeypatch.setattr(verdicts, "run_arm", run)
-    tried = verdicts.try_settings(ground, runs, TRANSFER, "accuracy", 9)
+    tried = verdicts.try_settings(ground, runs, TRANSFER, 9)
     assert len(tried["curve"]) == 3
     assert len(tried["settings"]) == len(verdicts.other_settings(runs.arms[TRANSFER].recipe)) - 1
-    few = verdicts.try_settings(ground, runs, TRANSFER, "accuracy", 1)
+    few = verdicts.try_settings(ground, runs, TRANSFER, 1)
     assert (len(few["curve"]), few["settings"]) == (2, [])
 
 
@@ -458,12 +548,17 @@ def test_macro_recall_weights_classes_alike():
         ({"measure": "f1"}, "measure is 'f1'; choose one of accuracy, macro_recall."),
         ({"budget": 0.0}, "budget is 0.0; give seconds, more than 0."),
         ({"data": "without validation"}, "the split 'validation' has no texts; a verdict needs some"),
+        ({"data": "of one class"}, "all 20 labelled texts of the student are of one class; give more of them"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(small, changes, sentence):
     if "data" in changes:
         data = load_splits(small)
-        changes = {"data": dataclasses.replace(data, validation=data.validation.select([]))}
+        one_class = data.train.filter(lambda label: label == 0, input_columns="label").select(range(20))
+        changes = {
+            "without validation": {"data": dataclasses.replace(data, validation=data.validation.select([]))},
+            "of one class": {"data": dataclasses.replace(data, train=one_class), "plan": PLAN},
+        }[changes["data"]]
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
         verdict(small, **changes, report=lambda plan: None)
     assert not (artifacts.artifacts_dir() / "studies").exists()
