@@ -186,9 +186,10 @@ def benchmark_tables() -> str:
             f"{step['gigaflops']:,.0f} GFLOP/s; the fastest large matrix product {step['peak_gigaflops']:,.0f}.",
             f"- Where the time of a step goes: {profile}.",
             *_about_runs(stored),
-            f"- One training with `torch.compile` takes {seconds['compiled_first']:.0f} s the first time, which includes "
-            f"the compilation, and {seconds['compiled_again']:.1f} s the second time. Without `torch.compile` it takes "
-            f"{seconds['uncompiled']:.1f} s. So the course does not use it. (One run each, apart from the rounds.)",
+            f"- One training with `torch.compile` takes {seconds['compiled_first']:.0f} s the first time, which "
+            f"includes the compilation, and {seconds['compiled_again']:.1f} s the second time. Without "
+            f"`torch.compile` it takes {seconds['uncompiled']:.1f} s. So the course does not use it. (One run each, "
+            "apart from the rounds.)",
             "",
             f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
             f"{made['precision']}.",
@@ -200,8 +201,8 @@ def _about_runs(stored: dict[str, Any]) -> list[str]:
     """What evaluations and runs take beside training steps."""
     evaluation, run, start = stored["evaluation"], stored["run"], stored["start"]
     return [
-        f"- Evaluating {evaluation['texts']:,} tweets takes {evaluation['seconds']:.1f} s; forward passes alone, in the "
-        f"fastest batches (of {evaluation['batch_size']}), take {evaluation['forward_seconds']:.1f} s.",
+        f"- Evaluating {evaluation['texts']:,} tweets takes {evaluation['seconds']:.1f} s; forward passes alone, in "
+        f"the fastest batches (of {evaluation['batch_size']}), take {evaluation['forward_seconds']:.1f} s.",
         f"- One complete call of `distill`, with the teacher's logits already stored, took {run['seconds']:.1f} s: "
         f"{run['steps']:.1f} s for training steps, {run['evaluations']:.1f} s for evaluations on validation and test, "
         f"and {run['outside']:.1f} s for everything else. The first table counts the training alone.",

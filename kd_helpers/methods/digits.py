@@ -126,8 +126,9 @@ def jitter(pictures: torch.Tensor, pixels: float) -> torch.Tensor:
     """
     side = round(pictures.shape[1] ** 0.5)
     shape = (len(pictures), 1, side, side)
-    moves = torch.eye(2, 3).repeat(len(pictures), 1, 1)  # affine maps of the square from -1 to 1 onto itself
-    moves[:, :, 2] = (2 * torch.rand(len(pictures), 2) - 1) * pixels * 2 / side
+    maps = torch.eye(2, 3, device=pictures.device)  # affine, of the square from -1 to 1 onto itself
+    moves = maps.repeat(len(pictures), 1, 1)
+    moves[:, :, 2] = (2 * torch.rand(len(pictures), 2, device=pictures.device) - 1) * pixels * 2 / side
     grid = F.affine_grid(moves, shape, align_corners=False)
     return F.grid_sample(pictures.view(shape), grid, align_corners=False).flatten(start_dim=1)
 
@@ -243,7 +244,9 @@ def shift_classes(logits: torch.Tensor, classes: Sequence[int], by: float) -> to
 
 
 def choose_shift(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[int], shifts: Sequence[float]) -> float:
-    """The shift of these classes' biases with the fewest errors, the smallest of several; give it validation digits.
+    """The shift of these classes' biases with the lowest NLL; give it validation digits.
+
+    The number of errors is the same for a whole range of shifts, and which of them has one error fewer is chance.
 
     Args:
         logits: `[N, 10]`.
@@ -252,10 +255,7 @@ def choose_shift(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[i
         shifts: what to choose from.
     """
 
-    def errors(by: float) -> int:
-        return int((shift_classes(logits, classes, by).argmax(dim=-1) != labels).sum())
-
-    return min(shifts, key=lambda by: (errors(by), abs(by)))
+    return min(shifts, key=lambda by: F.cross_entropy(shift_classes(logits, classes, by), labels).item())
 
 
 def few_positions(n: int, share: float, *, seed: int) -> torch.Tensor:

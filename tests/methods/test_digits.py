@@ -71,7 +71,7 @@ def test_mnist_without_a_network_is_one_sentence(own_artifacts, monkeypatch):
 
 def moves(monkeypatch, rows: list[tuple[float, float]]) -> None:
     """Let the jitter draw these (right, down), as shares of the largest move, from -1 to 1."""
-    monkeypatch.setattr(dk.torch, "rand", lambda *shape: (torch.tensor(rows) + 1) / 2)
+    monkeypatch.setattr(dk.torch, "rand", lambda *shape, device: (torch.tensor(rows) + 1) / 2)
 
 
 def test_jitter_by_whole_pixels_moves_pixels(monkeypatch):
@@ -208,14 +208,13 @@ def test_shift_moves_the_biases_of_its_classes_alone():
     assert logits.abs().sum() == 0
 
 
-def test_chosen_shift_has_the_fewest_errors_and_is_the_smallest_of_those():
-    logits = torch.zeros(4, 10)
-    logits[:, 0] = torch.tensor([1.0, 2.0, 3.0, 6.0])
-    labels = torch.tensor([3, 3, 0, 0])  # 3 wins the first two rows, and those alone, from above 2 to below 3
-    shifts = [-1.0, 0.0, 1.5, 2.25, 2.5, 2.75, 4.0]
-    assert dk.choose_shift(logits, labels, [3], shifts) == 2.25
-    assert dk.choose_shift(logits, torch.zeros(4, dtype=torch.long), [3], shifts) == 0.0
-    assert dk.choose_shift(logits, torch.full((4,), 3), [3], [-9.0, 9.0, -8.0, 8.0]) == 8.0
+def test_chosen_shift_has_the_lowest_nll():
+    """Where all logits are alike, it gives the class its share of the labels: p = e^b / (9 + e^b)."""
+    labels = torch.tensor([3] * 30 + [0] * 70)
+    wanted = math.log(9 * 0.3 / 0.7)  # 1.35
+    assert dk.choose_shift(torch.zeros(100, 10), labels, [3], dk.SHIFTS) == 1.25
+    assert dk.choose_shift(torch.zeros(100, 10), labels, [3], [-1.0, 0.0, wanted, 1.3, 1.4]) == wanted
+    assert dk.choose_shift(torch.zeros(4, 10), torch.zeros(4, dtype=torch.long), [3], [-9.0, 0.0, 9.0]) == -9.0
 
 
 def test_few_positions():
