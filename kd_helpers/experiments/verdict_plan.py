@@ -43,9 +43,11 @@ from kd_helpers.teacher import attach
 
 MODULE = "kd_helpers.experiments.verdict_plan"
 RATES = (1.0, 3.0)  # learning rates that every arm is tried with, as multiples of the configuration's
-LENGTHS = (60, *(125 * 2**doubled for doubled in range(10)))  # steps that are tried: 60, 125, 250, … 64,000
-TRIED = 3  # of them at most
-ENOUGH_STEPS, FEWEST_TOKENS = 500, 32  # where a budget allows fewer steps, texts are cut, but not shorter than this
+LENGTHS = (  # steps that are tried, each about twice the one two before
+    *(60, 90, 125, 180, 250, 375, 500, 750, 1000, 1500, 2000, 3000, 4000, 6000, 8000),
+    *(12_000, 16_000, 24_000, 32_000, 48_000, 64_000),
+)
+ENOUGH_STEPS, FEWEST_TOKENS = 1000, 32  # where a budget allows fewer steps, texts are cut, but not shorter than this
 WORTH_CUTTING = 0.2  # of the tokens, which a cut must save at least
 FEWEST_SEEDS = 4  # of an arm: with fewer, the interval over seeds is very wide
 TEACHER_SHARE, TRIES_SHARE = 0.4, 0.1  # of the budget, at most: for the teacher, and for what to try next
@@ -177,31 +179,34 @@ def _first(split: datasets.Dataset, most: int) -> datasets.Dataset:
 
 
 def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSplits) -> Plan:
-    """The longest runs for which the budget allows `FEWEST_SEEDS` seeds of every arm, and then as many seeds as fit.
+    """The longest runs for which the budget allows `FEWEST_SEEDS` seeds of every arm.
 
     Two lengths are needed to see whether an arm is finished, so a budget that is too small for the two shortest is
-    exceeded.
+    exceeded. What is left goes to a third, shorter length, which may turn out to be enough; then to what to try next,
+    and to more seeds.
     """
     moments = [len(arm.recipe.moments) for arm in arms_of(config, data).values()]
-    for_tries = 0.0 if budget < ROUGH else TRIES_SHARE * budget
     for_teacher = teacher_seconds(config, speed, data)
-    left = budget - for_tries - for_teacher
+    left = budget - for_teacher
 
     def cost(lengths: Sequence[int], seeds: int) -> float:
         """Of trying these lengths with one seed and every rate, and running the last with the other seeds."""
         each = [sum(run_seconds(length, count, speed, data) for count in moments) for length in lengths]
         return len(RATES) * sum(each) + (seeds - 1) * each[-1]
 
-    ladders = [LENGTHS[max(0, end - TRIED) : end] for end in range(2, len(LENGTHS) + 1)]
+    last = range(2, len(LENGTHS))
+    ladders = [LENGTHS[first : end + 1 : 2] for end in last for first in (end - 2, end - 4) if first >= 0]
     lengths = [ladders[0], *(ladder for ladder in ladders if cost(ladder, FEWEST_SEEDS) <= left)][-1]
+    exceeds = cost(lengths, FEWEST_SEEDS) > left
+    rough = exceeds or budget < ROUGH
+    for_tries = 0.0 if rough else min(TRIES_SHARE * budget, left - cost(lengths, FEWEST_SEEDS))
+    left -= for_tries
     seeds = []
     for end in range(1, len(lengths) + 1):
         fitting = [count for count in range(FEWEST_SEEDS, MOST_SEEDS + 1) if cost(lengths[:end], count) <= left]
         seeds.append(max(fitting, default=FEWEST_SEEDS))
     longest = max(cost(lengths[:end], count) for end, count in enumerate(seeds, start=1))
     tries = int(for_tries / run_seconds(lengths[-1], 1, speed, data))
-    exceeds = cost(lengths, FEWEST_SEEDS) > left
-    rough = exceeds or budget < ROUGH
     return Plan(lengths, tuple(seeds), tries, rough, exceeds, for_teacher + longest + for_tries, for_teacher)
 
 

@@ -238,7 +238,7 @@ def test_what_a_student_knows_of_digits_it_never_saw(splits, monkeypatch):
     monkeypatch.setattr(dk, "logits_of", lambda net, pictures: low[id(pictures)])
     found = dk.unseen_measures(torch.nn.Identity(), splits, [d for d in range(10) if d != 3], [3])
     threes = int((splits.test.labels == 3).sum())
-    assert found["shift"] == 2.25
+    assert found["shift"] == 9.0  # where 0.1 (e⁴ + 8) / e^(2 + b) = 0.9 e^(b − 18), as the derivative of NLL is 0
     assert (found["unseen_before"], found["unseen_after"]) == (0, threes)
     assert found["others_before"] == found["others_after"] == 599 - threes
     assert (found["errors_before"], found["errors_after"]) == (threes, 0)
