@@ -22,7 +22,7 @@ from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, tokenize, training_batches
 from kd_helpers.experiments.judgement import crossed, text_weights
-from kd_helpers.experiments.signals import uniform_logits
+from kd_helpers.experiments.signals import Signal, uniform_logits
 from kd_helpers.experiments.study import Arm, Study, run_arm
 from kd_helpers.experiments.verdict_runs import (
     MOST_SEEDS,
@@ -52,7 +52,7 @@ WORTH_CUTTING = 0.2  # of the tokens, which a cut must save at least
 FEWEST_SEEDS = 4  # of an arm: with fewer, the interval over seeds is very wide
 TEACHER_SHARE, TRIES_SHARE = 0.4, 0.1  # of the budget, at most: for the teacher, and for what to try next
 READING_SHARE = 0.1  # of the budget, at most: for the teacher's logits of texts without labels
-FALLS = 0.03  # an arm is unfinished where twice the steps lower its validation loss by more than this share
+FALLS = 0.01  # an arm is unfinished where twice the steps lower its loss by more than this share of that of guessing
 ONE_SIDED = 0.9  # the level of an interval of which one side is left with a probability of 5%
 ROUGH = 600.0  # seconds; a smaller budget gives a rough answer
 
@@ -257,19 +257,30 @@ def lowest_loss(run: Mapping[str, Any]) -> float:
     return min(moment["loss"] for moment in run["history"])
 
 
-def improves(ground: Ground, shorter: Mapping[str, Any], longer: Mapping[str, Any]) -> bool:
+def improves(ground: Ground, signal: Signal, shorter: Mapping[str, Any], longer: Mapping[str, Any]) -> bool:
     """Whether twice the steps make a run better on validation.
 
-    They do if they lower its loss by more than the share `FALLS`, or if they raise its measure by what matters, and by
-    more than chance (a paired test over texts, one-sided, at 5%). The second is needed for soft targets of much
-    entropy, the uniform ones above all: their loss hardly moves while the student learns its classes.
+    They do if they lower its loss by more than the share `FALLS` of that of guessing, or if they raise its measure by
+    what matters, and by more than chance (a paired test over texts, one-sided, at 5%). The second is needed for soft
+    targets of much entropy, the uniform ones above all: their loss hardly moves while the student learns its classes.
+
+    Args:
+        ground: has the validation texts, the measure and what matters.
+        signal: what the run's student learns from.
+        shorter, longer: the runs.
     """
-    if lowest_loss(longer) < (1 - FALLS) * lowest_loss(shorter):
+    data = ground.setup.data
+    if lowest_loss(shorter) - lowest_loss(longer) > FALLS * loss_of_guessing(signal, len(data.label_names)):
         return True
-    labels = labels_of(ground.setup.data.validation)
+    labels = labels_of(data.validation)
     before, after = ((best_classes(run) == labels).astype(float) for run in (shorter, longer))
     rise = crossed(after - before, text_weights(labels, ground.measure), level=ONE_SIDED)
     return rise.gain >= ground.effect and rise.low > 0
+
+
+def loss_of_guessing(signal: Signal, classes: int) -> float:
+    """The `validation_loss` of a student that gives every class the same probability."""
+    return (signal.alpha * signal.temperature**2 + 1 - signal.alpha) * math.log(classes)
 
 
 def best_classes(run: Mapping[str, Any]) -> np.ndarray:
@@ -330,7 +341,11 @@ def run_all(ground: Ground, plan: Plan) -> Runs:
                 arm
                 for arm in tried
                 if not before
-                or any(improves(ground, before[name], now[arm]) for name in (arm, ranked[arm][0]) if name in before)
+                or any(
+                    improves(ground, recipes[ranked[arm][0]].recipe.signal, before[name], now[arm])
+                    for name in (arm, ranked[arm][0])
+                    if name in before
+                )
             ]
             if not unfinished:
                 break

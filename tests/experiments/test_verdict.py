@@ -20,7 +20,7 @@ from kd_helpers.data import load_splits, tokenize, training_batches
 from kd_helpers.experiments import verdict as verdicts
 from kd_helpers.experiments import verdict_plan, verdict_runs, watch
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, PAYS, UNFINISHED
-from kd_helpers.experiments.signals import BASELINE
+from kd_helpers.experiments.signals import BASELINE, Signal
 from kd_helpers.experiments.verdict import (
     COMMONEST,
     STOPPED,
@@ -39,6 +39,7 @@ from kd_helpers.experiments.verdict_plan import (
     Plan,
     Speed,
     improves,
+    loss_of_guessing,
     make_plan,
     plan_within,
     run_all,
@@ -64,6 +65,7 @@ from kd_helpers.loop import DivergedError
 from kd_helpers.metrics import Predictions, classification_metrics, predict
 from kd_helpers.models import Tokenizers
 from kd_helpers.resolve import Setup, resolve
+from kd_helpers.teacher import TeacherLogits
 
 PLAN = Plan(lengths=(4, 8), seeds=(3, 3))
 
@@ -272,8 +274,8 @@ def test_labels_that_only_the_teacher_saw_have_an_arm_of_their_own(tweets):
 @pytest.mark.parametrize(
     ("loss", "right", "expected"),
     [
-        (0.9, 200, True),  # the loss falls by a tenth
-        (0.98, 200, False),
+        (0.95, 200, True),  # the loss falls by more than 1% of that of guessing, (0.9 · 2² + 0.1) ln 3 = 4.06
+        (0.97, 200, False),
         (1.5, 200, False),
         (0.9999, 240, True),  # the loss hardly moves, but a tenth of the texts is learned
         (0.9999, 203, False),  # not more than chance
@@ -291,7 +293,23 @@ def test_twice_the_steps_help_where_the_loss_falls_or_the_measure_rises(monkeypa
         return {"history": [{"loss": loss}], "classes": np.where(np.arange(400) < right, labels, (labels + 1) % 3)}
 
     monkeypatch.setattr(verdict_plan, "best_classes", lambda run: run["classes"])
-    assert improves(ground, run(1.0, 200), run(loss, right)) == expected
+    signal = Signal("tuned", temperature=2.0, alpha=0.9)
+    assert improves(ground, signal, run(1.0, 200), run(loss, right)) == expected
+
+
+def test_the_loss_of_guessing_is_that_of_a_student_without_a_preference():
+    """Whatever the targets: the cross-entropy of any of them with equal probabilities is ln C."""
+    torch.manual_seed(0)
+    labels, ids = torch.tensor([0, 2, 1, 2]), torch.arange(4)
+    guessed = Predictions(ids, torch.zeros(4, 3), labels)
+    for signal in (
+        Signal(),
+        Signal("tuned", temperature=2.0, alpha=0.9),
+        Signal("uniform", temperature=4.0, alpha=1.0),
+    ):
+        teacher = TeacherLogits(ids, torch.randn(4, 3)) if signal.alpha else None
+        found = verdict_runs.validation_loss(signal, teacher, guessed)
+        assert loss_of_guessing(signal, 3) == pytest.approx(found, rel=1e-5)
 
 
 def made_up_losses(
@@ -328,7 +346,7 @@ def both_rates(low: float, high: float) -> dict[str, float]:
 
 
 def test_steps_are_doubled_until_nothing_falls(small, monkeypatch):
-    losses = {2: both_rates(1.0, 1.1), 4: both_rates(0.8, 1.0), 6: both_rates(0.79, 1.0), 8: both_rates(0.1, 1.0)}
+    losses = {2: both_rates(1.0, 1.1), 4: both_rates(0.8, 1.0), 6: both_rates(0.797, 1.0), 8: both_rates(0.1, 1.0)}
     ran = made_up_losses(monkeypatch, losses)
     runs = run_all(prepare(resolve(small)), Plan(lengths=(2, 4, 6, 8), seeds=(3, 3, 3, 3)))
     assert runs.steps == 6
