@@ -22,7 +22,7 @@ from kd_helpers.data import OWN_SHARES, TEST_SIZE
 from kd_helpers.experiments.judgement import CANNOT_TELL, DOES_NOT_PAY, MEASURES, PAYS, UNFINISHED
 from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.verdict import TEACHER, verdict
-from kd_helpers.experiments.verdict_plan import FALLS, RATES
+from kd_helpers.experiments.verdict_plan import FALLS
 from kd_helpers.experiments.verdict_runs import DISTILLED, EFFECT, UNIFORM
 from kd_helpers.loop import DivergedError
 
@@ -274,9 +274,11 @@ def _about_settings(result: Mapping[str, Any]) -> list[str]:
 
 def rates_used(result: Mapping[str, Any]) -> str:
     """Which learning rates were tried, and which kind of student got which."""
-    tried = " and ".join(f"{factor * result['config']['learning_rate']:g}" for factor in RATES)
+    tried = [f"{factor * result['config']['learning_rate']:g}" for factor in result["plan"]["rates"]]
+    if len(tried) == 1:
+        return f"Learning rate {tried[0]}."
     used = "; ".join(f"{title_of(result, arm)}: {rate:g}" for arm, rate in result["rates"].items())
-    return f"Learning rates {tried} were tried; by the loss on validation, these were used. {used}."
+    return f"Learning rates {' and '.join(tried)} were tried; by the loss on validation, these were used. {used}."
 
 
 def _about_texts(result: Mapping[str, Any]) -> list[str]:

@@ -50,6 +50,7 @@ LENGTHS = (  # steps that are tried, each about twice the one two before
 ENOUGH_STEPS, FEWEST_TOKENS = 1000, 32  # where a budget allows fewer steps, texts are cut, but not shorter than this
 WORTH_CUTTING = 0.2  # of the tokens, which a cut must save at least
 FEWEST_SEEDS = 4  # of an arm: with fewer, the interval over seeds is very wide
+ROUGH_SEEDS, ROUGH_RATES = 2, RATES[-1:]  # for a rough answer: few steps are best used at the higher rate
 TEACHER_SHARE, TRIES_SHARE = 0.4, 0.1  # of the budget, at most: for the teacher, and for what to try next
 READING_SHARE = 0.1  # of the budget, at most: for the teacher's logits of texts without labels
 FALLS = 0.01  # an arm is unfinished where twice the steps lower its loss by more than this share of that of guessing
@@ -74,6 +75,7 @@ class Plan:
     Attributes:
         lengths: steps that are tried with the first seed, ascending, until twice the steps no longer help.
         seeds: of every arm, for each of the lengths, should it be the one that is chosen.
+        rates: learning rates that every arm is tried with, as multiples of the configuration's.
         tries: how many other settings are tried at most, with the first seed (see `verdict.try_settings`).
         rough: whether the budget is too small for an answer to rely on.
         exceeds: whether even the least that can be run takes longer than the budget.
@@ -83,6 +85,7 @@ class Plan:
 
     lengths: tuple[int, ...]
     seeds: tuple[int, ...]
+    rates: tuple[float, ...] = RATES
     tries: int = 0
     rough: bool = False
     exceeds: bool = False
@@ -179,35 +182,37 @@ def _first(split: datasets.Dataset, most: int) -> datasets.Dataset:
 
 
 def make_plan(budget: float, speed: Speed, config: DistillConfig, data: DataSplits) -> Plan:
-    """The longest runs for which the budget allows `FEWEST_SEEDS` seeds of every arm.
+    """The longest runs for which the budget allows the fewest seeds of every arm that are enough.
 
     Two lengths are needed to see whether an arm is finished, so a budget that is too small for the two shortest is
     exceeded. What is left goes to a third, shorter length, which may turn out to be enough; then to what to try next,
     and to more seeds.
     """
     moments = [len(arm.recipe.moments) for arm in arms_of(config, data).values()]
+    fewest, rates = (ROUGH_SEEDS, ROUGH_RATES) if budget < ROUGH else (FEWEST_SEEDS, RATES)
     for_teacher = teacher_seconds(config, speed, data)
     left = budget - for_teacher
 
     def cost(lengths: Sequence[int], seeds: int) -> float:
         """Of trying these lengths with one seed and every rate, and running the last with the other seeds."""
         each = [sum(run_seconds(length, count, speed, data) for count in moments) for length in lengths]
-        return len(RATES) * sum(each) + (seeds - 1) * each[-1]
+        return len(rates) * sum(each) + (seeds - 1) * each[-1]
 
     last = range(2, len(LENGTHS))
     ladders = [LENGTHS[first : end + 1 : 2] for end in last for first in (end - 2, end - 4) if first >= 0]
-    lengths = [ladders[0], *(ladder for ladder in ladders if cost(ladder, FEWEST_SEEDS) <= left)][-1]
-    exceeds = cost(lengths, FEWEST_SEEDS) > left
+    lengths = [ladders[0], *(ladder for ladder in ladders if cost(ladder, fewest) <= left)][-1]
+    exceeds = cost(lengths, fewest) > left
     rough = exceeds or budget < ROUGH
-    for_tries = 0.0 if rough else min(TRIES_SHARE * budget, left - cost(lengths, FEWEST_SEEDS))
+    for_tries = 0.0 if rough else min(TRIES_SHARE * budget, left - cost(lengths, fewest))
     left -= for_tries
     seeds = []
     for end in range(1, len(lengths) + 1):
-        fitting = [count for count in range(FEWEST_SEEDS, MOST_SEEDS + 1) if cost(lengths[:end], count) <= left]
-        seeds.append(max(fitting, default=FEWEST_SEEDS))
+        fitting = [count for count in range(fewest, MOST_SEEDS + 1) if cost(lengths[:end], count) <= left]
+        seeds.append(max(fitting, default=fewest))
     longest = max(cost(lengths[:end], count) for end, count in enumerate(seeds, start=1))
     tries = int(for_tries / run_seconds(lengths[-1], 1, speed, data))
-    return Plan(lengths, tuple(seeds), tries, rough, exceeds, for_teacher + longest + for_tries, for_teacher)
+    seconds = for_teacher + longest + for_tries
+    return Plan(lengths, tuple(seeds), rates, tries, rough, exceeds, seconds, for_teacher)
 
 
 def plan_within(budget: float, setup: Setup) -> tuple[Setup, Plan]:
@@ -242,7 +247,7 @@ class Runs:
         arms: title and recipe, by name; each recipe has the learning rate that was best for it.
         runs: of each arm, one for each seed (see `study.run_arm`).
         unfinished: arms that twice the steps still improve (see `improves`).
-        losses: the lowest `validation_loss` of the first seed, by length and arm, at the better of the `RATES`.
+        losses: the lowest `validation_loss` of the first seed, by length and arm, at the better rate.
     """
 
     steps: int
@@ -289,17 +294,17 @@ def best_classes(run: Mapping[str, Any]) -> np.ndarray:
     return run_logits(run, moment, "validation").argmax(axis=-1)
 
 
-def with_rates(arms: Mapping[str, Arm], rate: float) -> dict[str, dict[str, Arm]]:
-    """For each arm what is tried: the same with each of the `RATES`, by a name of its own.
+def with_rates(arms: Mapping[str, Arm], rates: Mapping[str, float]) -> dict[str, dict[str, Arm]]:
+    """For each arm what is tried: the same with each of the rates, by a name of its own.
 
     Args:
         arms: by name; each recipe is a `Training`.
-        rate: the configuration's.
+        rates: by name.
     """
     return {
         name: {
-            f"{name}, {factor:g}": Arm(arm.title, dataclasses.replace(arm.recipe, learning_rate=factor * rate))
-            for factor in RATES
+            f"{name}, {which}": Arm(arm.title, dataclasses.replace(arm.recipe, learning_rate=rate))
+            for which, rate in rates.items()
         }
         for name, arm in arms.items()
     }
@@ -308,14 +313,16 @@ def with_rates(arms: Mapping[str, Arm], rate: float) -> dict[str, dict[str, Arm]
 def run_all(ground: Ground, plan: Plan) -> Runs:
     """Double the steps until no arm gains from it, or the plan ends; then run the other seeds.
 
-    At each length every arm is tried with each of the `RATES`. The one with the lower loss on validation counts, and
-    the other seeds use it: a rate that suits labels need not suit soft targets, nor one length the next. A rate at
+    At each length every arm is tried with each of the plan's rates. The one with the lower loss on validation counts,
+    and the other seeds use it: a rate that suits labels need not suit soft targets, nor one length the next. A rate at
     which a run diverges is left out.
 
     Raises:
         DivergedError: an arm diverges at all rates.
     """
-    tried = with_rates(arms_of(ground.setup.config, ground.setup.data), ground.setup.config.learning_rate)
+    config, data = ground.setup.config, ground.setup.data
+    rates = {f"{factor:g}": factor * config.learning_rate for factor in plan.rates}
+    tried = with_rates(arms_of(config, data), rates)
     recipes = {name: recipe for of_arm in tried.values() for name, recipe in of_arm.items()}
     losses: dict[int, dict[str, float]] = {}
     before: dict[str, dict[str, Any]] = {}  # by name, and by arm the better of them

@@ -152,6 +152,8 @@ def test_the_rates_are_named_for_every_kind_of_student(result):
     assert f"rates {rate:g} and {3 * rate:g} were tried" in said
     assert f"Distilled, same labels: {3 * rate:g}" in said
     assert f"Labels only: {rate:g}" in said
+    result["plan"]["rates"] = [3.0]
+    assert verdict_page.rates_used(result) == f"Learning rate {3 * rate:g}."
 
 
 def test_a_class_that_suffers_is_named_whatever_its_name_holds(result):
