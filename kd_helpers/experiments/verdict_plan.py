@@ -56,6 +56,7 @@ READING_SHARE = 0.1  # of the budget, at most: for the teacher's logits of texts
 FALLS = 0.01  # an arm is unfinished where twice the steps lower its loss by more than this share of that of guessing
 ONE_SIDED = 0.9  # the level of an interval of which one side is left with a probability of 5%
 ROUGH = 600.0  # seconds; a smaller budget gives a rough answer
+WARM_UP = 3  # steps that are not timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,11 @@ class Plan:
 
 
 def measure_speed(setup: Setup) -> Speed:
-    """Time a few steps and forward passes of both models on the texts that they will read."""
+    """Time steps and forward passes of both models on some of the texts that they will read.
+
+    Batches hold texts of similar length, so that all of some texts tell more than a few batches. The first steps, which
+    take longer, are left out.
+    """
     data, tokenizers, config = setup.data, setup.tokenizers, setup.config
     found = {}
     student = load_student(config, data.label_names, tokenizers.student)
@@ -104,23 +109,27 @@ def measure_speed(setup: Setup) -> Speed:
         ("teacher", teacher, data.teacher_train, tokenizers.teacher, DistillConfig.batch_size),
     ):
         model = model.to(setup.device)
-        few = tokenize(texts.select(range(min(len(texts), 512))), tokenizer, config.max_length)
+        some = tokenize(texts.select(range(min(len(texts), 512))), tokenizer, config.max_length)
+        batches = training_batches(
+            attach(some, uniform_logits([some], data.label_names)), tokenizer, batch_size, seed=0
+        )
+        steps = len(batches) + WARM_UP
         moments: list[float] = []
         fit(
             model,
-            training_batches(attach(few, uniform_logits([few], data.label_names)), tokenizer, batch_size, seed=0),
+            batches,
             classifier_loss(model, temperature=1.0, alpha=1.0),
-            steps=9,
-            **recipe(config, 9),
+            steps=steps,
+            **recipe(config, steps),
             precision=setup.precision,
             lean=config.lean,
             after_step=lambda _, moments=moments: moments.append(time.perf_counter()),
             description=None,
         )
-        found[f"{name}_step"] = float(np.mean(np.diff(moments)[1:]))
+        found[f"{name}_step"] = float(np.mean(np.diff(moments)[WARM_UP - 1 :]))
         started = time.perf_counter()
-        predict(model, evaluation_batches(few, tokenizer), setup.precision)
-        found[f"{name}_text"] = (time.perf_counter() - started) / len(few)
+        predict(model, evaluation_batches(some, tokenizer), setup.precision)
+        found[f"{name}_text"] = (time.perf_counter() - started) / len(some)
     return Speed(**found)
 
 
