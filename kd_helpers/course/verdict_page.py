@@ -92,7 +92,12 @@ def of_question(result: Mapping[str, Any], question: str) -> dict[str, Any]:
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """The verdict in one sentence."""
+    """The verdict in one sentence; in two where nothing is judged."""
+    if all(entry["answer"] == UNFINISHED for entry in result["questions"]):
+        return (
+            "**Nothing is judged yet**: students were still improving when their training ended. The page says which, "
+            "and what to do next."
+        )
     said = []
     for question, words in SAID.items():
         entry = of_question(result, question)

@@ -80,6 +80,7 @@ def test_the_verdict_in_one_sentence(result):
         "pays against the cheap rivals."
     )
     assert headline(judged(result, DOES_NOT_PAY, UNFINISHED, UNFINISHED, UNFINISHED)).startswith("Whether distillation")
+    assert headline(judged(result, *[UNFINISHED] * 4)).startswith("**Nothing is judged yet**: students were still")
 
 
 def test_the_first_question_is_answered_by_its_better_part(result):
