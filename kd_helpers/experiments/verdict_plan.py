@@ -6,6 +6,7 @@ still does at the end is unfinished.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -329,9 +330,9 @@ def run_all(ground: Ground, plan: Plan) -> Runs:
     Raises:
         DivergedError: an arm diverges at all rates.
     """
-    config, data = ground.setup.config, ground.setup.data
-    rates = {f"{factor:g}": factor * config.learning_rate for factor in plan.rates}
-    tried = with_rates(arms_of(config, data), rates)
+    config = ground.setup.config
+    arms = arms_of(config, ground.setup.data)
+    tried = with_rates(arms, {f"{factor:g}": factor * config.learning_rate for factor in plan.rates})
     recipes = {name: recipe for of_arm in tried.values() for name, recipe in of_arm.items()}
     losses: dict[int, dict[str, float]] = {}
     before: dict[str, dict[str, Any]] = {}  # by name, and by arm the better of them
@@ -353,32 +354,43 @@ def run_all(ground: Ground, plan: Plan) -> Runs:
                 ranked[arm] = sorted(first, key=lambda name, first=first: lowest_loss(first[name]))
                 now |= first | {arm: first[ranked[arm][0]]}
             losses[length] = {arm: lowest_loss(now[arm]) for arm in tried}
+            shorter = {arm: [before[name] for name in (arm, ranked[arm][0]) if name in before] for arm in tried}
             unfinished = [
-                arm
-                for arm in tried
-                if not before
-                or any(
-                    improves(ground, recipes[ranked[arm][0]].recipe.signal, before[name], now[arm])
-                    for name in (arm, ranked[arm][0])
-                    if name in before
-                )
+                name
+                for name, arm in arms.items()
+                if not before or any(improves(ground, arm.recipe.signal, one, now[name]) for one in shorter[name])
             ]
             if not unfinished:
                 break
             before = now
         seeds = range(1, dict(zip(plan.lengths, plan.seeds, strict=True))[length])
-        chosen, runs = {}, {}
-        for arm, names in ranked.items():
-            for name in names:  # the next, where one diverges with another seed
-                try:
-                    runs[arm] = [now[name], *(run(study, seed, name) for seed in seeds)]
-                except DivergedError:
-                    if name == names[-1]:
-                        raise
-                else:
-                    chosen[arm] = recipes[name]
-                    break
-    return Runs(length, chosen, runs, tuple(unfinished), losses)
+        found = {arm: all_seeds(names, now, functools.partial(run, study), seeds) for arm, names in ranked.items()}
+    chosen = {arm: recipes[name] for arm, (name, _) in found.items()}
+    return Runs(length, chosen, {arm: runs for arm, (_, runs) in found.items()}, tuple(unfinished), losses)
+
+
+def all_seeds(
+    names: Sequence[str],
+    first: Mapping[str, dict[str, Any]],
+    run: Callable[[int, str], dict[str, Any]],
+    seeds: Iterable[int],
+) -> tuple[str, list[dict[str, Any]]]:
+    """The first of these names that diverges with no seed, and its runs.
+
+    Args:
+        names: the best first.
+        first: the run of the first seed, by name.
+        run: makes one with another seed.
+        seeds: the others.
+
+    Raises:
+        DivergedError: all diverge.
+    """
+    *better, last = names
+    for name in better:
+        with contextlib.suppress(DivergedError):
+            return name, [first[name], *(run(seed, name) for seed in seeds)]
+    return last, [first[last], *(run(seed, last) for seed in seeds)]
 
 
 def without_diverged(names: Iterable[str], run: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
