@@ -200,8 +200,8 @@ def _larger_budget(result: Mapping[str, Any]) -> str:
     options = f"`--budget {budget_of(result)}`"
     if config["max_length"] < before["max_length"]:
         return f"{options} with `--max-length {config['max_length']}`, so that the time is spent on steps."
-    cut = {name: split_size(result, split) < before[name] for name, split in SPLITS_CUT.items()}
-    if any(cut.values()) or config["teacher_epochs"] < before["teacher_epochs"]:
+    texts_cut = any(split_size(result, split) < before[name] for name, split in SPLITS_CUT.items())
+    if texts_cut or config["teacher_epochs"] < before["teacher_epochs"]:
         return f"{options}."
     return f"{options}; what is trained already is used again."
 

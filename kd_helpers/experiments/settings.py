@@ -30,6 +30,8 @@ from kd_helpers.experiments.verdict_runs import (
     TRANSFER,
     Ground,
     Training,
+    in_order,
+    labels_of,
     prepare,
     train_student,
     with_enough_epochs,
@@ -149,9 +151,9 @@ def run(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
     """
     ground = ground_of(setting.texts)
     _, watch = train_student(ground, setting.steps, setting.training(), seed)
-    validation = ground.setup.data.validation.sort("id")
-    labels = torch.tensor(validation["label"][:])
-    logits, of_teacher = watch.logits["last"], ground.teacher.lookup(torch.tensor(validation["id"][:]))
+    validation = ground.setup.data.validation
+    labels = torch.tensor(labels_of(validation))
+    logits, of_teacher = watch.logits["last"], ground.teacher.lookup(torch.tensor(in_order(validation, "id")))
     measures = watch.history[-1]
     return {
         **{name: measures[name] for name in ("accuracy", "macro_recall", "nll", "loss")},

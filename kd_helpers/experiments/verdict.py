@@ -46,6 +46,7 @@ from kd_helpers.experiments.verdict_plan import (
     ROUGH,
     Plan,
     Runs,
+    first_texts,
     plan_within,
     run_all,
 )
@@ -444,9 +445,8 @@ def verdict(
         Ready for JSON: `made_with`, `config`, `plan`, `steps`, `seeds`, `unfinished`, `losses` (validation loss of the
         first seed by length and arm), `rates` (the learning rate of each arm), `sizes` of the splits, `notes`, `before`
         (`max_length`, `teacher_epochs` and the numbers of `labelled` and `unlabelled` texts before the budget cut
-        anything), `choices` (made on
-        validation), `questions` (see there), `table` (see `measures_table`), `by_class`, `tries` (see `try_settings`),
-        `costs`, and `seconds` of a student and, if there was a budget, of the teacher.
+        anything), `choices` (made on validation), `questions` (see there), `table` (see `measures_table`), `by_class`,
+        `tries` (see `try_settings`), `costs`, and `seconds` of a student and, if there was a budget, of the teacher.
 
     Raises:
         ValueError: a value lies outside its range, or see `resolve`.
@@ -492,8 +492,7 @@ def verdict(
 
 def _with_fewer_validation_texts(setup: Setup) -> Setup:
     """The first `VALIDATION_TEXTS` of them."""
-    validation = setup.data.validation
-    validation = validation.select(range(min(VALIDATION_TEXTS, len(validation))))
+    validation = first_texts(setup.data.validation, VALIDATION_TEXTS)
     return dataclasses.replace(setup, data=dataclasses.replace(setup.data, validation=validation))
 
 

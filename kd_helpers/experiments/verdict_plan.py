@@ -110,7 +110,7 @@ def measure_speed(setup: Setup) -> Speed:
         ("teacher", teacher, data.teacher_train, tokenizers.teacher, DistillConfig.batch_size),
     ):
         model = model.to(setup.device)
-        some = tokenize(texts.select(range(min(len(texts), 512))), tokenizer, config.max_length)
+        some = tokenize(first_texts(texts, 512), tokenizer, config.max_length)
         batches = training_batches(
             attach(some, uniform_logits([some], data.label_names)), tokenizer, batch_size, seed=0
         )
@@ -175,7 +175,7 @@ def within_budget(
     but not fewer than `config` says, and then fewer texts. Of each split the first texts are kept.
     """
     readable = max(1, int(READING_SHARE * budget / speed.teacher_text))
-    data = dataclasses.replace(data, transfer=_first(data.transfer, readable))
+    data = dataclasses.replace(data, transfer=first_texts(data.transfer, readable))
     enough = with_enough_epochs(config, data)
     affordable = TEACHER_SHARE * budget / teacher_seconds(enough, speed, data) if enough.teacher_epochs else math.inf
     if affordable >= 1:
@@ -183,11 +183,12 @@ def within_budget(
     epochs = max(config.teacher_epochs, math.floor(affordable * enough.teacher_epochs))
     share = min(1.0, affordable * enough.teacher_epochs / epochs)
     kept = max(DistillConfig.batch_size, round(share * len(data.teacher_train)))
-    fewer = {"train": _first(data.train, kept), "teacher_train": _first(data.teacher_train, kept)}
+    fewer = {"train": first_texts(data.train, kept), "teacher_train": first_texts(data.teacher_train, kept)}
     return config.replace(teacher_epochs=epochs), dataclasses.replace(data, **fewer)
 
 
-def _first(split: datasets.Dataset, most: int) -> datasets.Dataset:
+def first_texts(split: datasets.Dataset, most: int) -> datasets.Dataset:
+    """The first texts of a split, so many at most."""
     return split.select(range(min(most, len(split))))
 
 
