@@ -6,7 +6,8 @@ READY := .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/$(RUNNER) -m pytest --numprocesses 2
 # nbval reads a kernel's messages when a cell has ended, and of more than some two thousand that wait the last are
 # dropped, with them the one that says that the cell has ended. Progress bars send most of them, so they draw rarely.
-NBVAL = TQDM_MININTERVAL=5 $(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider
+NBVAL = TQDM_MININTERVAL=5 $(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider \
+	--nbval-sanitize-with tests/notebooks/sanitize.ini
 RUNNER := python
 
 export PYTHONPATH :=

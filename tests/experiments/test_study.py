@@ -7,11 +7,14 @@ import dataclasses
 import datetime
 import importlib
 import json
+import re
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from nbval.plugin import get_sanitize_patterns
 
 import kd_helpers
 from kd_helpers import artifacts
@@ -270,6 +273,17 @@ def test_a_result_of_other_code_is_not(small):
         assert not is_current(result)
         said = origin(result)
         assert said == "Made with torch 9.9 on 2030-01-02. The code has changed since (it was version 0.4.9)."
+
+
+@pytest.mark.parametrize("width", [30, 60, 88])
+def test_the_notebooks_are_compared_without_what_another_version_of_the_code_adds(small, width):
+    result = run_study(small)
+    said = textwrap.fill(origin(result), width)
+    result["made_with"] |= {"source": "0123456789abcdef"}
+    ((pattern, replacement),) = get_sanitize_patterns(
+        (Path(__file__).parents[1] / "notebooks/sanitize.ini").read_text()
+    )
+    assert re.sub(pattern, replacement, textwrap.fill(origin(result), width)) == said
 
 
 def test_what_made_a_result_is_told():
