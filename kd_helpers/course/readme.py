@@ -205,7 +205,8 @@ def _about_runs(stored: dict[str, Any]) -> list[str]:
         f"the fastest batches (of {evaluation['batch_size']}), take {evaluation['forward_seconds']:.1f} s.",
         f"- One complete call of `distill`, with the teacher's logits already stored, took {run['seconds']:.1f} s: "
         f"{run['steps']:.1f} s for training steps, {run['evaluations']:.1f} s for evaluations on validation and test, "
-        f"and {run['outside']:.1f} s for everything else. The first table counts the training alone.",
+        f"and {run['outside']:.1f} s for everything else. This is one run; the first table has the median of several, "
+        "and counts the training alone.",
         f"- A fresh process makes its first step after {start['first_step']:.1f} s, most of which is loading PyTorch, "
         "transformers and datasets.",
     ]
@@ -223,8 +224,9 @@ def token_losses() -> str:
             "",
             f"Time for the loss and its gradient on {sizes} tokens. A quarter of the tokens is left out of the loss, "
             f"as padding would be. Times are medians of {token_speed.ROUNDS} rounds, in which the toolkit's loss and "
-            "ours ran one after the other; *times as long* says how much longer the toolkit takes. MB is the most "
-            "memory that is needed besides the logits. Our loss was measured again for each row, so compare numbers "
+            "ours ran one after the other; *times as long* is the median of their ratios, which need not be the ratio "
+            "of the two medians. MB is the most memory that is needed besides the logits. Our loss was measured again "
+            "for each row, so compare numbers "
             f"within one row only. {origin(stored)}",
         ]
     )
@@ -234,26 +236,22 @@ def verdicts() -> str:
     """How often verdicts were right, from the stored study."""
     stored = verdict_study.stored_verdicts()
     table = verdict_study.shares(stored)
-    ignorant, tuned = table.loc["ignorant"], table.loc["tuned"]
-    left_open = {
-        kind: sum(run["arm"] in arms and not run["pays"] and bool(run["unfinished"]) for run in stored["runs"])
-        for kind, arms in (("ignorant", verdict_study.IGNORANT), ("tuned", ("tuned",)))
-    }
+    ignorant, finished, tuned = (table.loc[name] for name in ("ignorant", "ignorant, finished", "tuned"))
     case = verdict_study.ARMS["tuned"].recipe
     return "\n".join(
         [
-            "**How often is the verdict right?** We asked for many small ones, with students of one layer and at most "
-            f"{case.lengths[-1]} steps, {len(stored['seeds'])} draws of texts for each kind of teacher:",
+            f"**How often is the verdict right?** We ran {len(stored['runs'])} small ones, with students of one layer "
+            f"and at most {case.lengths[-1]} steps: {len(stored['seeds'])} draws of texts for each of three kinds of "
+            "teacher.",
             "",
-            "- *Teachers that know nothing.* Half of them had a classification layer with random weights, the others "
-            f"were trained on labels in random order. {ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts "
-            f"said *pays*: {ignorant['share']:.0%}, with a 95% interval from {ignorant['low']:.0%} to "
-            f"{ignorant['high']:.0%}. "
-            f"In {left_open['ignorant']} of the {ignorant['verdicts']:.0f} a student was still improving at the end; "
-            "they count as not *pays*.",
+            "- *Teachers that know nothing*: a classification layer with random weights, or training on labels in "
+            f"random order. {ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts said *pays*, with a 95% "
+            f"interval from {ignorant['low']:.0%} to {ignorant['high']:.0%}. Of the {finished['verdicts']:.0f} in "
+            "which every student was finished, "
+            f"{finished['pays']:.0f} did ({finished['low']:.0%} to {finished['high']:.0%}).",
             f"- *The course's teacher*, on its tweets and {case.labels:,} labels. {tuned['pays']:.0f} of "
             f"{tuned['verdicts']:.0f} verdicts said *pays*: {tuned['share']:.0%}, with a 95% interval from "
-            f"{tuned['low']:.0%} to {tuned['high']:.0%}. In {left_open['tuned']} a student was still improving.",
+            f"{tuned['low']:.0%} to {tuned['high']:.0%}.",
             "",
             origin(stored),
         ]

@@ -247,7 +247,7 @@ DESCRIPTIONS = {
     "mixed precision where the machine is faster with it",
     "distillation": "the course's loop: batches of similar length, cached teacher logits, lean, "
     "bfloat16 where the machine is faster with it",
-    "distillation, cold": "the same, after running the teacher once over the texts",
+    "distillation, cold": "the same, and the time in which the teacher runs once over the texts",
     "distillation, not lean": "the same with `lean=False`",
     "distillation, random batches": "the same with texts of any length in a batch",
     "distillation, float32": "the same in float32",

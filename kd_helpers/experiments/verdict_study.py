@@ -176,12 +176,18 @@ def shares(result: Mapping[str, Any]) -> pd.DataFrame:
     """How often each arm's verdicts said "pays", with the 95% interval of Clopper and Pearson.
 
     Returns:
-        Rows "ignorant" (both kinds of teachers that know nothing) and each arm; columns `pays`, `verdicts`, `share`,
-        `low`, `high`.
+        Rows "ignorant" (both kinds of teachers that know nothing), "ignorant, finished" (of these the verdicts in which
+        no student was unfinished) and each arm; columns `pays`, `verdicts`, `share`, `low`, `high`.
     """
+    of_ignorant = [entry for entry in result["runs"] if entry["arm"] in IGNORANT]
+    groups = {
+        "ignorant": of_ignorant,
+        "ignorant, finished": [entry for entry in of_ignorant if not entry["unfinished"]],
+        **{arm: [entry for entry in result["runs"] if entry["arm"] == arm] for arm in result["arms"]},
+    }
     rows = {}
-    for name, arms in {"ignorant": IGNORANT, **{arm: (arm,) for arm in result["arms"]}}.items():
-        answers = [entry["pays"] for entry in result["runs"] if entry["arm"] in arms]
+    for name, entries in groups.items():
+        answers = [entry["pays"] for entry in entries]
         found = stats.binomtest(sum(answers), len(answers)).proportion_ci(method="exact")
         share = float(np.mean(answers))
         rows[name] = {

@@ -43,10 +43,15 @@ def test_the_tuned_teacher_has_seen_the_labels_of_the_student_and_no_held_out_te
 
 
 def test_shares_by_hand():
-    runs = [{"arm": arm, "pays": number < 1} for arm in ("random_head", "shuffled_labels") for number in range(10)]
-    runs += [{"arm": "tuned", "pays": number < 9} for number in range(10)]
+    runs = [
+        {"arm": arm, "pays": number < 1, "unfinished": ["baseline"] if number > 7 else []}
+        for arm in ("random_head", "shuffled_labels")
+        for number in range(10)
+    ]
+    runs += [{"arm": "tuned", "pays": number < 9, "unfinished": []} for number in range(10)]
     table = shares({"arms": dict.fromkeys(ARMS), "runs": runs})
     assert table.loc["ignorant", ["pays", "verdicts", "share"]].tolist() == [2, 20, 0.1]
+    assert table.loc["ignorant, finished", ["pays", "verdicts"]].tolist() == [2, 16]
     assert table.loc["tuned", "share"] == 0.9
     assert table.loc["tuned", "low"] == pytest.approx(stats.beta.ppf(0.025, 9, 2))
     assert table.loc["ignorant", "high"] == pytest.approx(stats.beta.ppf(0.975, 3, 18))
