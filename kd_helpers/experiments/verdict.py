@@ -543,7 +543,7 @@ def describe_plan(plan: Plan, setup: Setup, whole: Setup) -> str:
         *_cuts(setup, whole),
         f"arms: {arms}",
         f"steps: {' or '.join(f'{length:,}' for length in plan.lengths)}, until more steps no longer help",
-        f"seeds: {' or '.join(map(str, dict.fromkeys(plan.seeds)))} of each arm",
+        f"seeds: {' or '.join(map(str, dict.fromkeys(plan.seeds[1:])))} of each arm",
     ]
     if plan.seconds:
         lines.append(f"time: about {math.ceil(plan.seconds / 60)} minutes at most")

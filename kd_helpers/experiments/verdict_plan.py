@@ -76,7 +76,8 @@ class Plan:
 
     Attributes:
         lengths: steps that are tried with the first seed, ascending, until twice the steps no longer help.
-        seeds: of every arm, for each of the lengths, should it be the one that is chosen.
+        seeds: of every arm, for each of the lengths, should it be the one that is chosen; the first never is, since
+            nothing says yet whether its arms are finished.
         rates: learning rates that every arm is tried with, as multiples of the configuration's.
         tries: how many other settings are tried at most, with the first seed (see `verdict.try_settings`).
         rough: whether the budget is too small for an answer to rely on.
