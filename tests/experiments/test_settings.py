@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kd_helpers.experiments import text_sets
+from kd_helpers.experiments import settings, text_sets
 from kd_helpers.experiments.settings import (
     ARMS,
     CENTRE,
@@ -120,3 +120,19 @@ def test_gains_by_hand():
     half = (found.high - found.low) / 2
     assert table.loc["T 4", ("mean", "high")] == pytest.approx(0.1 + half / np.sqrt(len(TEXTS)))
     assert table.loc["T 1", ("mean", "gain")] == 0
+
+
+# The stored study
+
+
+def test_stored_accuracies_are_those_of_the_right_answers():
+    for run in settings.stored_settings()["runs"]:
+        assert unpacked(run["right"]).mean() == pytest.approx(run["accuracy"], abs=1e-6)
+
+
+def test_the_mean_of_a_change_is_that_over_the_sets_of_texts():
+    table = settings.changes_table(settings.stored_settings(), DISTILLED)
+    for change, row in table.iterrows():
+        by_set = [row[texts, "gain"] for texts in settings.TEXTS]
+        assert row["mean", "gain"] == pytest.approx(sum(by_set) / len(by_set)), change
+        assert row["mean", "low"] < row["mean", "gain"] < row["mean", "high"]

@@ -27,6 +27,7 @@ from kd_helpers.experiments import (
     distilbert,
     language_models,
     rationales,
+    settings,
     studies,
     study,
     survey,
@@ -304,6 +305,7 @@ MODULES = {
     "survey": survey,
     "deployment": deployment,
     "verdict_study": verdict_study,
+    "settings": settings,
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
@@ -315,6 +317,7 @@ SEEDS = {
     "survey": survey_digits.SEEDS,
     "deployment": deployment.SEEDS,
     "verdict_study": verdict_study.SEEDS,
+    "settings": settings.SEEDS,
 }
 ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
 
