@@ -232,8 +232,7 @@ def token_losses() -> str:
             f"as padding would be. Times are medians of {token_speed.ROUNDS} rounds, in which the toolkit's loss and "
             "ours ran one after the other; *times as long* is the median of their ratios, which need not be the ratio "
             "of the two medians. MB is the most memory that is needed besides the logits. Our loss was measured again "
-            "for each row, so compare numbers "
-            f"within one row only. {origin(stored)}",
+            f"for each row, so compare numbers within one row only. {origin(stored)}",
         ]
     )
 
