@@ -66,9 +66,7 @@ class Recipe(Signal):
 
 
 _TUNED = Recipe("tuned", temperature=2.0, alpha=0.9)
-# The probabilities of hard labels are 0 and 1, so they are compared with soft targets at a temperature of 1.
-_HARD = dataclasses.replace(_TUNED, teacher="hard", temperature=1.0)
-_AT_ONE = dataclasses.replace(_TUNED, temperature=1.0)
+_HARD = dataclasses.replace(_TUNED, teacher="hard")  # T and alpha as with soft targets, so that nothing else differs
 _OWN = dataclasses.replace(_TUNED, teacher="own")
 
 
@@ -89,11 +87,9 @@ ARMS: dict[str, Arm] = {
     "untuned_teacher": Arm("Untuned teacher", Recipe("untuned", temperature=2.0, alpha=0.9)),
     "own_labels": Arm("Teacher of the same labels", _OWN),
     "hard_labels": Arm("Tuned teacher, hard labels", _HARD),
-    "at_one": Arm("Tuned teacher, T = 1", _AT_ONE),
     "tuned_teacher": Arm("Tuned teacher", _TUNED),
     "transfer_own_labels": Arm("Teacher of the same labels + transfer set", _with_transfer(_OWN)),
     "transfer_hard_labels": Arm("Tuned teacher, hard labels + transfer set", _with_transfer(_HARD)),
-    "transfer_at_one": Arm("Tuned teacher, T = 1 + transfer set", _with_transfer(_AT_ONE)),
     "transfer_set": Arm("Tuned teacher + transfer set", _with_transfer(_TUNED)),
     "more_labels": Arm("Baseline with 4 × the labels", Recipe(labels=4)),
     "redrawn_baseline": Arm("Baseline, labels redrawn", _redrawn(Recipe())),
