@@ -245,9 +245,9 @@ def verdicts() -> str:
     case = verdict_study.ARMS["tuned"].recipe
     return "\n".join(
         [
-            f"**How often is the verdict right?** We ran {len(stored['runs'])} small ones, with students of one layer "
-            f"and at most {case.lengths[-1]} steps: {len(stored['seeds'])} draws of texts for each of three kinds of "
-            "teacher.",
+            f"**How often is the verdict right in clear cases?** We ran {len(stored['runs'])} short verdicts, with "
+            f"students of one layer and at most {case.lengths[-1]} steps: {len(stored['seeds'])} draws of texts for "
+            "each of three teachers, two that know nothing and one that is known to help. Small gains were not tried.",
             "",
             "- *Teachers that know nothing*: a classification layer with random weights, or training on labels in "
             f"random order. {ignorant['pays']:.0f} of {ignorant['verdicts']:.0f} verdicts said *pays*, with a 95% "
