@@ -316,6 +316,12 @@ def stored_comparison() -> dict[str, Any]:
     return stored_study("comparison")
 
 
+def main_arms(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The same comparison with the arms of `MAIN_ARMS` alone."""
+    arms = {name: arm for name, arm in comparison["arms"].items() if name in MAIN_ARMS}
+    return {**comparison, "arms": arms, "runs": [run for run in comparison["runs"] if run["arm"] in arms]}
+
+
 def runs_table(comparison: Mapping[str, Any]) -> pd.DataFrame:
     """One row per run: arm, seed and every one of `METRICS`."""
     return pd.DataFrame(comparison["runs"])[["arm", "seed", *METRICS, "seconds"]]
