@@ -42,6 +42,12 @@ class Losses(Protocol):
     def _asdict(self) -> dict[str, torch.Tensor]: ...
 
 
+class Loss(NamedTuple):
+    """A loss of one part, for `fit`: a scalar."""
+
+    total: torch.Tensor
+
+
 class EpochLosses(NamedTuple):
     """The losses of every step, and the norm of its gradient before clipping: float32 tensors `[steps]` on the CPU."""
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from kd_helpers.losses import IGNORE_INDEX
 from kd_helpers.models import Batch, model_inputs
-from kd_helpers.runtime import autocast
+from kd_helpers.runtime import autocast, evaluating
 
 
 class Predictions(NamedTuple):
@@ -30,17 +30,12 @@ class Predictions(NamedTuple):
 def predict(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype = torch.float32) -> Predictions:
     """The model's logits for every text, without dropout, sorted by id. The model's mode is restored afterwards."""
     device = next(model.parameters()).device
-    was_training = model.training
     ids, logits, labels = [], [], []
-    try:
-        model.eval()
-        with torch.inference_mode(), autocast(device, precision):
-            for batch in batches:
-                logits.append(model(**model_inputs(model, batch)).logits.float().cpu())
-                ids.append(batch["id"])
-                labels.append(batch["labels"])
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), autocast(device, precision):
+        for batch in batches:
+            logits.append(model(**model_inputs(model, batch)).logits.float().cpu())
+            ids.append(batch["id"])
+            labels.append(batch["labels"])
     if not ids:
         raise ValueError("there are no batches to predict; give at least one.")
     order = torch.argsort(torch.cat(ids))

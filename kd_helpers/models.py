@@ -48,7 +48,7 @@ from kd_helpers.pretrained import (
     require_head_size,
     require_model_folder,
 )
-from kd_helpers.runtime import autocast
+from kd_helpers.runtime import autocast, evaluating
 
 Batch = dict[str, torch.Tensor]
 
@@ -293,14 +293,11 @@ def _failure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length:
     """
     encoded = tokenizer(["a " * length], truncation=True, max_length=length)
     batch = tokenizer.pad(encoded, pad_to_multiple_of=PAD_TO_MULTIPLE_OF, return_tensors="pt")
-    was_training = model.training
     try:
-        with quiet_transformers():
-            model.eval()(**model_inputs(model, batch))
+        with quiet_transformers(), evaluating(model):
+            model(**model_inputs(model, batch))
     except (IndexError, RuntimeError, ValueError) as error:
         return error
-    finally:
-        model.train(was_training)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, precision, seeds.
+"""Where and how a run computes: device, precision, mode, seeds.
 
 `precision="auto"` is measured once per machine and remembered under `artifacts/machines`, because the precision is part
 of what a result is stored under: a busy machine must not decide otherwise tomorrow and train everything again.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
+from torch import nn
 
 from kd_helpers import artifacts
 from kd_helpers.config import DEVICES, PRECISIONS, DistillConfig, require_choice
@@ -115,6 +117,17 @@ def processor(device: torch.device) -> str:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Run matrix products in `precision`; float32 leaves everything as it is."""
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without dropout, and afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def seed_everything(seed: int) -> None:

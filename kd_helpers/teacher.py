@@ -8,11 +8,10 @@ an epoch, so shuffling cannot mix them up.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +135,14 @@ def cached_logits(
     root = artifacts.artifacts_dir() if root is None else root
     folder, shards = root / "teacher_logits" / key, root / "checkpoints" / key
 
+    def run_teacher(_number: int, texts: datasets.Dataset, bar: tqdm, target: Path) -> None:
+        _run_teacher(teacher, evaluation_batches(texts, tokenizer), precision, bar, target)
+
     def compute(target: Path) -> None:
-        with tqdm(total=len(tokenized), desc="Running the teacher", unit="text", leave=False) as bar:
-            parts = []
-            for number, texts in enumerate(_shards(tokenized)):
-                run = functools.partial(_run_teacher, teacher, evaluation_batches(texts, tokenizer), precision, bar)
-                artifacts.get_or_build(shards / f"{number:06d}", run)
-                parts.append(_read_logits(shards / f"{number:06d}"))
-                bar.update(sum(len(part.ids) for part in parts) - bar.n)  # of a shard that was found
+        made = artifacts.build_parts(
+            shards, _shards(tokenized), run_teacher, description="Running the teacher", unit="text"
+        )
+        parts = [_read_logits(part) for part in made]
         _write_logits(target, torch.cat([part.ids for part in parts]), torch.cat([part.logits for part in parts]))
 
     artifacts.get_or_build(folder, compute)
@@ -157,11 +156,10 @@ def _tokens(tokenized: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> 
     return [*((column, tokenized[column][:]) for column in columns), tokenizer.pad_token_id, tokenizer.padding_side]
 
 
-def _shards(tokenized: datasets.Dataset) -> Iterator[datasets.Dataset]:
+def _shards(tokenized: datasets.Dataset) -> list[datasets.Dataset]:
     """The texts from short to long, `SHARD` at a time; cut into batches they give those of the whole."""
     order = np.argsort(np.asarray(tokenized["length"][:]), kind="stable")
-    for start in range(0, len(order), SHARD):
-        yield tokenized.select(order[start : start + SHARD])
+    return [tokenized.select(order[start : start + SHARD]) for start in range(0, len(order), SHARD)]
 
 
 def _run_teacher(

@@ -99,3 +99,14 @@ def test_seeding_calls_exp_on_a_single_value_first(monkeypatch):
     monkeypatch.setattr(torch, "exp", lambda values: sizes.append(values.numel()))
     seed_everything(0)
     assert sizes == [1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_put_back_into_its_mode_even_after_an_error(training):
+    model = torch.nn.Dropout().train(training)
+    with runtime.evaluating(model):
+        assert not model.training
+    assert model.training == training
+    with pytest.raises(KeyError), runtime.evaluating(model):
+        raise KeyError
+    assert model.training == training

@@ -31,6 +31,7 @@ from kd_helpers.losses import IGNORE_INDEX, distillation_loss, soft_targets
 from kd_helpers.methods.language_models import write_texts
 from kd_helpers.methods.stories import score_story
 from kd_helpers.models import model_inputs
+from kd_helpers.runtime import evaluating
 
 MOST_CLASSES = 10  # as many have room in a figure
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.5, 20.0
@@ -271,13 +272,8 @@ def class_probabilities(
     batch = tokenizer(mask(text), truncation=True, max_length=max_length, return_tensors="pt")
     found = {}
     for name, model in models.items():
-        was_training = model.training
-        try:
-            model.eval()
-            with torch.inference_mode():
-                logits = model(**model_inputs(model, batch)).logits[0]
-        finally:
-            model.train(was_training)
+        with evaluating(model), torch.inference_mode():
+            logits = model(**model_inputs(model, batch)).logits[0]
         found[name] = soft_targets(logits, 1.0).cpu()
     return found
 

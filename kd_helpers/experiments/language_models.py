@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import time
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kd_helpers import artifacts
 from kd_helpers.experiments.study import Arm, Study, run_study
+from kd_helpers.experiments.watch import Curve
 from kd_helpers.methods.language_models import (
     CausalShape,
     LossOf,
@@ -152,27 +151,19 @@ def trained(
         For each measurement `step`, `seconds` (of training alone), `validation` (nats a token) and what `measure` says.
     """
     validation = held_out_batches(texts.validation)
-    history: list[dict[str, float]] = []
-    best: dict[str, torch.Tensor] = {}
-    measuring, started = 0.0, time.perf_counter()
-
-    def after_step(step: int) -> None:
-        nonlocal measuring
-        if step % every and step != steps:
-            return
-        now = time.perf_counter()
-        nats = held_out_nats(model, validation)
-        if nats < min((entry["validation"] for entry in history), default=math.inf):
-            best.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        history.append({"step": step, "seconds": now - started - measuring, "validation": nats, **measure()})
-        measuring += time.perf_counter() - now
-
+    curve = Curve(
+        model,
+        lambda: {"validation": held_out_nats(model, validation), **measure()},
+        steps=steps,
+        every=every,
+        better=operator.lt,
+    )
     train_causal_model(
-        model, batches, loss_of, steps=steps, learning_rate=learning_rate, after_step=after_step, description=None
+        model, batches, loss_of, steps=steps, learning_rate=learning_rate, after_step=curve.look, description=None
     )
     if keep_best:
-        model.load_state_dict(best)
-    return history
+        model.load_state_dict(curve.weights)
+    return curve.history
 
 
 def best_step(history: Sequence[dict[str, float]]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import artifacts
 from kd_helpers.experiments.study import Arm, Study, run_study
+from kd_helpers.experiments.watch import Curve
 from kd_helpers.methods.rationales import (
     Example,
     cached_explanations,
@@ -306,27 +307,16 @@ def trained(
         For each measurement `step`, `seconds` (of training alone) and `validation` (accuracy).
     """
     batches = measured_batches(as_asked(ground.validation, ""), ground.tokenizer)
-    history: list[dict[str, float]] = []
-    best: dict[str, torch.Tensor] = {}
     steps = round(lesson.times * training.steps)
     every = round(lesson.times * training.every)  # as often in every arm, so that none can choose among more steps
-    measuring, started = 0.0, time.perf_counter()
 
-    def after_step(step: int) -> None:
-        nonlocal measuring
-        if step % every and step != steps:
-            return
-        now = time.perf_counter()
+    def answered_rightly() -> dict[str, float]:
         if lesson.first:
             written = written_answers(model, ground, ground.validation, first=True)
-            right = accuracy(labels_of(written, first=True), ground.validation)
-        else:
-            right = measure(model, batches).accuracy
-        if right > max((entry["validation"] for entry in history), default=-1.0):
-            best.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        history.append({"step": step, "seconds": now - started - measuring, "validation": right})
-        measuring += time.perf_counter() - now
+            return {"validation": accuracy(labels_of(written, first=True), ground.validation)}
+        return {"validation": measure(model, batches).accuracy}
 
+    curve = Curve(model, answered_rightly, steps=steps, every=every, better=operator.gt)
     targets = [explained_first(example) for example in examples] if lesson.first else examples
     train_seq2seq(
         model,
@@ -334,11 +324,11 @@ def trained(
         steps=steps,
         rationale_weight=float(bool(lesson.rationales) and not lesson.first),
         learning_rate=rate(lesson.width),
-        after_step=after_step,
+        after_step=curve.look,
         description=None,
     )
-    model.load_state_dict(best)
-    return history
+    model.load_state_dict(curve.weights)
+    return curve.history
 
 
 def rationales_study(

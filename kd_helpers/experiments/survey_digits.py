@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_helpers.experiments.study import Arm, Study
-from kd_helpers.loop import fit
+from kd_helpers.loop import Loss, fit
 from kd_helpers.losses import distillation_loss, hard_loss, soft_loss
 from kd_helpers.methods.data_free import generator_loss
 from kd_helpers.methods.digit_cnns import DigitCNN, Seen, digit_cnn
@@ -177,12 +177,6 @@ def seen_of(seen: Seen, batch: torch.Tensor) -> Seen:
 
 
 # --- training ---
-
-
-class Loss(NamedTuple):
-    """What is trained, a scalar."""
-
-    total: torch.Tensor
 
 
 def learn(

@@ -28,7 +28,6 @@ from kd_helpers.experiments.survey_digits import (
     BATCH_SIZE,
     LEARNING_RATE,
     SEEDS,
-    Loss,
     Training,
     label_loss,
     learn,
@@ -37,6 +36,7 @@ from kd_helpers.experiments.survey_digits import (
     splits,
     taught,
 )
+from kd_helpers.loop import Loss
 from kd_helpers.losses import hard_loss, soft_loss
 from kd_helpers.methods.digits import CLASSES
 from kd_helpers.methods.tinybert import half_student

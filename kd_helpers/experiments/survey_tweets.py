@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import corpus_digest, evaluation_batches, read_corpus, tokenize, training_batches
 from kd_helpers.experiments.study import Arm, Study, run_study
-from kd_helpers.loop import fit, recipe
+from kd_helpers.loop import Loss, fit, recipe
 from kd_helpers.losses import hard_loss
 from kd_helpers.methods.hidden_losses import attention_loss, attention_scores, layer_mapping
 from kd_helpers.methods.peers import mutual_loss
@@ -135,12 +135,6 @@ def look(model: PreTrainedModel, batch: Batch) -> Seen:
     with attention_scores(model) as scores:
         output = model(**model_inputs(model, batch), output_hidden_states=True)
     return Seen(output.logits, tuple(states[:, 0] for states in output.hidden_states[1:]), tuple(scores))
-
-
-class Loss(NamedTuple):
-    """What is trained, a scalar."""
-
-    total: torch.Tensor
 
 
 LossOfLogits = Callable[[torch.Tensor, Batch], torch.Tensor]

@@ -66,7 +66,7 @@ from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.pretrained import NO_CODE, explained, quiet_transformers, require_encoder
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup
-from kd_helpers.runtime import autocast, seed_everything
+from kd_helpers.runtime import autocast, evaluating, seed_everything
 from kd_helpers.teacher import TeacherLogits, attach
 
 MASKED_SHARE = 0.15  # of the tokens, as in BERT
@@ -306,17 +306,14 @@ def language_loss(
         `loss`, the mean negative log-likelihood of a masked token in nats; `perplexity`, its exponential; `accuracy`,
         the share of masked tokens that the model predicts.
     """
-    was_training = model.training
-    model.eval()
     summed, right, count = 0.0, 0, 0
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for batch in batches:
             logits = language_forward(model, batch, precision).logits
             masked = batch["labels"][batch["labels"] != IGNORE_INDEX].to(logits.device)
             summed += masked_language_loss(logits, masked).item() * len(masked)
             right += int((logits.argmax(dim=-1) == masked).sum())
             count += len(masked)
-    model.train(was_training)
     if count == 0:
         raise ValueError("no token is masked in these texts, so nothing can be predicted; give more texts.")
     loss = torch.tensor(summed / count)

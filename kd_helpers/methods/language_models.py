@@ -18,9 +18,7 @@ All of them are losses for `loop.fit`. Shapes: B texts, L tokens of each, V toke
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,9 +35,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kd_helpers import artifacts
 from kd_helpers.checkpoints import Progress
-from kd_helpers.config import require_alpha, require_temperature, require_whole
+from kd_helpers.config import DistillConfig, require_alpha, require_temperature, require_whole
 from kd_helpers.data import BucketBatchSampler, LengthSortedBatchSampler, text_id
-from kd_helpers.loop import fit
+from kd_helpers.loop import fit, recipe
 from kd_helpers.losses import (
     IGNORE_INDEX,
     DistillationLoss,
@@ -50,12 +48,12 @@ from kd_helpers.losses import (
     token_soft_loss_top_k,
 )
 from kd_helpers.models import Batch, model_digest, require_eval_mode, require_teacher_and_student
-from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.provenance import made_by
-from kd_helpers.runtime import autocast
+from kd_helpers.runtime import autocast, evaluating
 
 BATCH_SIZE = 32
 LEARNING_RATE = 5e-3
+WARMUP = 0.05  # share of the steps in which the learning rate rises
 SHARD = 2048  # texts; an interrupted pass of the teacher loses at most this many
 MOST_LOGITS = 2**27  # of a batch that is measured or cached: half a gigabyte in float32
 
@@ -274,7 +272,7 @@ def held_out_nats(model: PreTrainedModel, batches: Iterable[Batch], precision: t
         precision: dtype of the matrix products.
     """
     summed, count = 0.0, 0
-    with _evaluating(model), torch.no_grad(), autocast(model.device, precision):
+    with evaluating(model), torch.no_grad(), autocast(model.device, precision):
         for batch in batches:
             predicted = causal_forward(model, batch)
             tokens = int(predicted.mask.sum())
@@ -286,7 +284,7 @@ def held_out_nats(model: PreTrainedModel, batches: Iterable[Batch], precision: t
 def nats_of_texts(model: PreTrainedModel, texts: Sequence[Text]) -> list[list[float]]:
     """The negative log-likelihood in nats of every token but the first of each text, in the order of the texts."""
     found: dict[int, list[float]] = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in held_out_batches(texts, _batch_size(model, texts)):
             predicted = causal_forward(model, batch)
             nats = F.cross_entropy(predicted.logits.float().transpose(1, 2), predicted.labels, reduction="none")
@@ -300,17 +298,6 @@ def _batch_size(model: PreTrainedModel, texts: Sequence[Text]) -> int:
     """64 texts, or as many as have at most `MOST_LOGITS` logits."""
     longest = max((len(text) for text in texts), default=1)
     return max(1, min(64, MOST_LOGITS // (longest * model.config.vocab_size)))
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in eval mode, without dropout, and afterwards in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 # --- writing ---
@@ -354,7 +341,7 @@ def write_texts(
     draws = torch.from_numpy(np.random.default_rng(seed).random((len(prompts), new_tokens), dtype=np.float32))
     texts = [list(prompt) for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    with _evaluating(model):
+    with evaluating(model):
         for _, group in itertools.groupby(by_length, key=lambda row: len(prompts[row])):
             alike = list(group)
             for rows in (alike[start : start + batch_size] for start in range(0, len(alike), batch_size)):
@@ -662,22 +649,23 @@ def cached_texts(
     root = artifacts.artifacts_dir() if root is None else root
     folder, shards = root / "teacher_texts" / key, root / "checkpoints" / key
 
-    def write_some(number: int, some: Sequence[Text], target: Path) -> None:
+    def write_some(number: int, some: Sequence[Text], _bar: tqdm, target: Path) -> None:
         artifacts.save_json(target / "texts.json", write_texts(teacher, some, seed=[seed, number], **asked))
 
     def write(target: Path) -> None:
-        texts = []
-        with tqdm(total=len(prompts), desc="The teacher writes", unit="text", leave=False) as bar:
-            for number, start in enumerate(range(0, len(prompts), SHARD)):
-                some = prompts[start : start + SHARD]
-                artifacts.get_or_build(shards / f"{number:06d}", functools.partial(write_some, number, some))
-                texts += artifacts.load_json(shards / f"{number:06d}" / "texts.json")
-                bar.update(len(some))
+        made = artifacts.build_parts(
+            shards, _in_shards(prompts), write_some, description="The teacher writes", unit="text"
+        )
+        texts = [text for part in made for text in artifacts.load_json(part / "texts.json")]
         artifacts.save_json(target / "texts.json", texts)
 
     artifacts.get_or_build(folder, write)
     shutil.rmtree(shards, ignore_errors=True)
     return artifacts.load_json(folder / "texts.json")
+
+
+def _in_shards(texts: Sequence[Text]) -> list[Sequence[Text]]:
+    return [texts[start : start + SHARD] for start in range(0, len(texts), SHARD)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -776,15 +764,14 @@ def cached_top_logits(
     folder, shards = root / "teacher_top_logits" / key, root / "checkpoints" / key
     in_order = sorted(of_id.values(), key=lambda text: (len(text), *text))  # one order, whichever they were given in
 
+    def run_teacher(_number: int, some: Sequence[Text], _bar: tqdm, target: Path) -> None:
+        _run_teacher(teacher, some, k, temperature, dtype, precision, target)
+
     def compute(target: Path) -> None:
-        parts = []
-        with tqdm(total=len(in_order), desc="Running the teacher", unit="text", leave=False) as bar:
-            for number, start in enumerate(range(0, len(in_order), SHARD)):
-                some = in_order[start : start + SHARD]
-                run = functools.partial(_run_teacher, teacher, some, k, temperature, dtype, precision)
-                artifacts.get_or_build(shards / f"{number:06d}", run)
-                parts.append(_read(shards / f"{number:06d}"))
-                bar.update(len(some))
+        made = artifacts.build_parts(
+            shards, _in_shards(in_order), run_teacher, description="Running the teacher", unit="text"
+        )
+        parts = [_read(part) for part in made]
         _write(target, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     artifacts.get_or_build(folder, compute)
@@ -863,7 +850,7 @@ def train_causal_model(
         batches: of `causal_batches`, repeated as often as it takes; or at least `steps` of them.
         loss_of: of `distillation_loss_of` or `on_policy_loss_of`; None is `cross_entropy_loss`.
         steps: optimiser steps.
-        learning_rate: its peak, after a twentieth of the steps.
+        learning_rate: its peak.
         precision: of the matrix products; losses are always float32.
         validate: see `loop.fit`.
         after_step: see `loop.fit`.
@@ -883,8 +870,7 @@ def train_causal_model(
         batches,
         cross_entropy_loss(model) if loss_of is None else loss_of,
         steps=steps,
-        optimizer=functools.partial(make_optimizer, learning_rate=learning_rate, weight_decay=0.01),
-        scheduler=functools.partial(make_scheduler, steps=steps, warmup_ratio=0.05),
+        **recipe(DistillConfig(learning_rate=learning_rate, warmup_ratio=WARMUP), steps),
         precision=precision,
         validate=validate,
         after_step=after_step,

@@ -15,11 +15,9 @@ Shapes: B examples, S tokens of a source (prefix and question), L tokens of a ta
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +36,9 @@ from transformers import (
 
 from kd_helpers import artifacts, own_data
 from kd_helpers.checkpoints import Progress
-from kd_helpers.config import require_whole
+from kd_helpers.config import DistillConfig, require_whole
 from kd_helpers.data import BucketBatchSampler, LengthSortedBatchSampler, text_id
-from kd_helpers.loop import fit
+from kd_helpers.loop import fit, recipe
 from kd_helpers.losses import IGNORE_INDEX, token_hard_loss
 from kd_helpers.methods.stories import story_tokenizer
 from kd_helpers.models import (
@@ -52,16 +50,16 @@ from kd_helpers.models import (
     model_inputs,
     require_eval_mode,
 )
-from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.pretrained import NO_CODE, explained, quiet_transformers, some, tokenizer_digest
 from kd_helpers.provenance import made_by
-from kd_helpers.runtime import autocast
+from kd_helpers.runtime import autocast, evaluating
 
 LABEL, RATIONALE = "[label]", "[rationale]"  # the prefixes of the two tasks
 ANSWER = "so the answer is"  # between a rationale and the label that follows from it
 BLANK = "_"  # stands for a word in pre-training
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-3
+WARMUP = 0.05  # share of the steps in which the learning rate rises
 MAX_LENGTH = 512  # tokens of a source or a target
 SHARD = 512  # questions; a teacher that is interrupted while it explains loses at most these
 
@@ -372,7 +370,7 @@ def train_seq2seq(
         batches: of `task_batches`, repeated as often as it takes.
         steps: optimiser steps.
         rationale_weight: λ, see `step_by_step_loss`.
-        learning_rate: its peak, after a twentieth of the steps.
+        learning_rate: its peak.
         precision: of the matrix products; losses are always float32.
         after_step: see `loop.fit`, as are the others.
         checkpoints: a folder for checkpoints.
@@ -387,8 +385,7 @@ def train_seq2seq(
         batches,
         step_by_step_loss(model, rationale_weight=rationale_weight),
         steps=steps,
-        optimizer=functools.partial(make_optimizer, learning_rate=learning_rate, weight_decay=0.01),
-        scheduler=functools.partial(make_scheduler, steps=steps, warmup_ratio=0.05),
+        **recipe(DistillConfig(learning_rate=learning_rate, warmup_ratio=WARMUP), steps),
         precision=precision,
         after_step=after_step,
         checkpoints=checkpoints,
@@ -432,7 +429,7 @@ def measure(
         ValueError: no example has a target for this task.
     """
     right, nats, examples, tokens = 0, 0.0, 0, 0
-    with _evaluating(model), torch.no_grad(), autocast(model.device, precision):
+    with evaluating(model), torch.no_grad(), autocast(model.device, precision):
         for batch in batches:
             if batch[task] is None:
                 continue
@@ -473,7 +470,7 @@ def write_targets(
     sources = [f"{task} {question}" for question in questions]
     in_order = sorted(range(len(sources)), key=lambda row: len(sources[row]))
     written = [""] * len(sources)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(in_order), batch_size):
             rows = in_order[start : start + batch_size]
             encoded = tokenizer(
@@ -489,17 +486,6 @@ def write_targets(
             for row, text in zip(rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 written[row] = text.strip()
     return written
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in eval mode, without dropout, and afterwards in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 # --- the rationale first ---
@@ -561,17 +547,13 @@ def cached_explanations(
     root = artifacts.artifacts_dir() if root is None else root
     folder, shards = root / "teacher_rationales" / key, root / "checkpoints" / key
 
-    def write_some(some: Sequence[str], target: Path) -> None:
+    def write_some(_number: int, some: Sequence[str], _bar: tqdm, target: Path) -> None:
         artifacts.save_json(target / "written.json", write_targets(teacher, tokenizer, some, new_tokens=new_tokens))
 
     def write(target: Path) -> None:
-        written = []
-        with tqdm(total=len(questions), desc="The teacher explains", unit="question", leave=False) as bar:
-            for number, start in enumerate(range(0, len(questions), SHARD)):
-                some, shard = questions[start : start + SHARD], shards / f"{number:06d}"
-                artifacts.get_or_build(shard, functools.partial(write_some, some))
-                written += artifacts.load_json(shard / "written.json")
-                bar.update(len(some))
+        parts = [questions[start : start + SHARD] for start in range(0, len(questions), SHARD)]
+        made = artifacts.build_parts(shards, parts, write_some, description="The teacher explains", unit="question")
+        written = [text for part in made for text in artifacts.load_json(part / "written.json")]
         artifacts.save_json(target / "written.json", written)
 
     artifacts.get_or_build(folder, write)

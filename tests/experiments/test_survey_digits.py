@@ -24,6 +24,7 @@ from kd_helpers.experiments.survey_digits import (
     new_student,
     splits,
 )
+from kd_helpers.loop import Loss
 from kd_helpers.methods.digit_cnns import Seen
 
 SHORT = Training(steps=3, teacher_steps=3, pictures=4)
@@ -84,7 +85,7 @@ def test_modules_are_trained_at_rates_of_their_own():
     before = other.weight.clone()
 
     def loss_of(_batch):
-        return survey_digits.Loss((one(torch.ones(1, 2)) + other(torch.ones(1, 2))).square().sum())
+        return Loss((one(torch.ones(1, 2)) + other(torch.ones(1, 2))).square().sum())
 
     survey_digits.learn([one, other], loss_of, 50, steps=3, seed=0, learning_rates=[0.1, 0.0])
     assert torch.equal(other.weight, before)
