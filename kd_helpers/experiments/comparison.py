@@ -59,10 +59,12 @@ class Recipe(Signal):
     Attributes:
         best_epoch: whether the student is measured after its best epoch, by accuracy on validation, not after its last.
         redrawn: whether each seed draws other labelled texts, from those of the teacher.
+        new_texts: so many texts of the transfer set that the teacher was not fine-tuned on; 0 takes the whole set.
     """
 
     best_epoch: bool = False
     redrawn: bool = False
+    new_texts: int = 0
 
 
 _TUNED = Recipe("tuned", temperature=2.0, alpha=0.9)
@@ -129,6 +131,8 @@ def comparison_study(
         setup = resolve(signal.configure(config.replace(seed=seed)))
         if signal.redrawn:
             setup = dataclasses.replace(setup, data=redrawn(setup.data, seed))
+        if signal.new_texts:
+            setup = dataclasses.replace(setup, data=with_new_texts(setup.data, signal.new_texts))
         if signal.best_epoch:
             return at_best_epoch(setup, reference())
         teacher_logits = signal_logits(signal, setup)
@@ -171,6 +175,18 @@ def redrawn(data: DataSplits, seed: int) -> DataSplits:
     return dataclasses.replace(data, train=train, transfer=transfer.add_column("label", hidden))
 
 
+def with_new_texts(data: DataSplits, count: int) -> DataSplits:
+    """The same splits with so many texts in the transfer set, none of which the teacher was fine-tuned on.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    new = np.flatnonzero(~np.isin(data.transfer["id"][:], data.teacher_train["id"][:]))
+    if len(new) < count:
+        raise ValueError(f"{count:,} new texts were asked for, the transfer set has {len(new):,}; ask for fewer.")
+    return dataclasses.replace(data, transfer=data.transfer.select(new[:count]))
+
+
 def at_best_epoch(setup: Setup, teacher: TeacherLogits) -> dict[str, Any]:
     """Train on labels alone, and describe the student as it was after its best epoch, by accuracy on validation.
 
@@ -179,7 +195,8 @@ def at_best_epoch(setup: Setup, teacher: TeacherLogits) -> dict[str, Any]:
         teacher: the logits with which fidelity is measured.
 
     Returns:
-        The measures of a run (see `comparison_study`); `steps` as many as the best epoch ends after.
+        The measures of a run (see `comparison_study`); `steps` as many as the best epoch ends after; and
+        `last_accuracy` and `last_nll`, of the student after its last step.
     """
     config, data, tokenizer = setup.config, setup.data, setup.tokenizers.student
     train, validation, test = (
@@ -208,10 +225,13 @@ def at_best_epoch(setup: Setup, teacher: TeacherLogits) -> dict[str, Any]:
         description="Training",
     )
     history = [{"step": epoch["step"], **epoch["validation"]} for epoch in progress.history]
+    last = evaluate(student, test, setup.precision)
     return {
         "steps": max(history, key=lambda epoch: epoch["accuracy"])["step"],
         "seconds": progress.seconds,
         "history": history,
+        "last_accuracy": last["accuracy"],
+        "last_nll": last["nll"],
         **describe(best["predictions"], teacher),
     }
 

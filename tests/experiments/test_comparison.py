@@ -137,6 +137,12 @@ def test_redrawn_labels_are_others_and_the_texts_stay_the_same():
         assert sorted(data.student_train["id"][:]) == sorted(before.student_train["id"][:])
         assert set(data.transfer["label"][:]) == {IGNORE_INDEX}
     assert comparison.redrawn(before, 0).train["id"][:] == after[0].train["id"][:]
+    new = comparison.with_new_texts(before, 14_131)
+    assert not set(new.transfer["id"][:]) & set(before.teacher_train["id"][:])
+    assert len(new.transfer) == 14_131
+    assert new.transfer["id"][:5000] == comparison.with_new_texts(before, 5000).transfer["id"][:]
+    with pytest.raises(ValueError, match="14,132 new texts were asked for, the transfer set has 14,131; ask for fewer"):
+        comparison.with_new_texts(before, 14_132)
     few = comparison.redrawn(load_splits(whole.replace(transfer_size=0)), 0)
     assert few.train["id"][:] == after[0].train["id"][:]
     assert len(few.transfer) == 0
@@ -189,6 +195,8 @@ def test_the_best_epoch_is_that_of_the_baseline_and_chosen_on_validation(own_art
         assert best["predicted"] == last["predicted"]
     student = load_run(own_artifacts / last["folder"])
     assert (best["nll"] == student.metrics["test"]["nll"]) == (best["steps"] == 12)
+    assert best["last_nll"] == last["nll"]
+    assert best["last_accuracy"] == last["accuracy"]
 
 
 def provenance_of(config: DistillConfig, arm: str, seed: int) -> dict:
@@ -203,7 +211,7 @@ def test_everything_that_decides_a_run_is_in_its_provenance(config):
         "title": "Label smoothing 0.2",
         "recipe": {
             **{"teacher": "uniform", "temperature": 1.0, "alpha": 0.2, "labels": 1, "transfer": False},
-            **{"best_epoch": False, "redrawn": False},
+            **{"best_epoch": False, "redrawn": False, "new_texts": 0},
         },
     }
     assert found["seed"] == 3
