@@ -22,7 +22,7 @@ import pandas as pd
 from kd_helpers.experiments.distilbert import TASKS
 from kd_helpers.experiments.statistics import mean_interval
 from kd_helpers.experiments.studies import STUDIES
-from kd_helpers.experiments.study import gains, means, stored_study, study_table
+from kd_helpers.experiments.study import gains, means, stored_study
 
 _NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?%?"
 # The number, or two with "to" between them, its unit, and the marker.

@@ -411,7 +411,6 @@ def test_the_parts_of_tinybert_and_the_lengths_of_patience_are_complete():
         assert {(run["arm"], run["seed"]) for run in stored["runs"]} == {
             (arm, seed) for arm in patience.ARMS_BY_STEPS for seed in patience.SEEDS
         }
-        assert choices["learning_rates"] == tinybert.LEARNING_RATES
 
 
 def test_the_stored_digits_were_made_with_the_choices_of_today():
