@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import glob
 import hashlib
 import json
@@ -18,12 +17,11 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
-from tqdm.auto import tqdm
 
 from kd_helpers.config import expanded
 
@@ -215,36 +213,6 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:
             warnings.warn(f"{folder.parent.name}/{folder.name} is damaged; it is built anew.", stacklevel=2)
         write_folder(folder, build)
     return False
-
-
-def build_parts(
-    folder: Path,
-    parts: Sequence[Sequence[Any]],
-    build: Callable[[int, Any, tqdm, Path], None],
-    *,
-    description: str,
-    unit: str,
-) -> list[Path]:
-    """Make something long part by part; an interrupted process loses one part at most.
-
-    Args:
-        folder: holds the parts until the whole is stored; the caller removes it then.
-        parts: of what the whole is made of, each a few items.
-        build: `build(number, part, bar, target)` fills the folder of one part, and may move the progress bar on.
-        description: of the progress bar.
-        unit: what an item is, for the progress bar.
-
-    Returns:
-        The folder of each part, in order; those that were there already are found again.
-    """
-    folders = [folder / f"{number:06d}" for number in range(len(parts))]
-    with tqdm(total=sum(map(len, parts)), desc=description, unit=unit, leave=False) as bar:
-        done = 0
-        for number, (part, target) in enumerate(zip(parts, folders, strict=True)):
-            get_or_build(target, functools.partial(build, number, part, bar))
-            done += len(part)
-            bar.update(done - bar.n)  # of a part that was found
-    return folders
 
 
 def write_folder(folder: Path, build: Callable[[Path], None]) -> None:

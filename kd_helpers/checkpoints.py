@@ -2,15 +2,17 @@
 
 A checkpoint holds everything that the next step depends on: the weights that are trained, the state of optimiser and
 scheduler, the random state, and how far the run has come. On a CPU, a run that is resumed from a checkpoint ends in the
-same weights, bit by bit, as one that was never interrupted.
+same weights, bit by bit, as one that was never interrupted. What is not trained but long, as a teacher's pass over many
+texts, is made part by part (`build_parts`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
 
 from kd_helpers import artifacts
 
@@ -177,3 +180,33 @@ def _random_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _device_type(model: nn.Module) -> str:
     return next(model.parameters()).device.type
+
+
+def build_parts(
+    folder: Path,
+    parts: Sequence[Sequence[Any]],
+    build: Callable[[int, Any, tqdm, Path], None],
+    *,
+    description: str,
+    unit: str,
+) -> list[Path]:
+    """Make something long part by part; an interrupted process loses one part at most.
+
+    Args:
+        folder: holds the parts until the whole is stored; the caller removes it then.
+        parts: of what the whole is made of, each a few items.
+        build: `build(number, part, bar, target)` fills the folder of one part, and may move the progress bar on.
+        description: of the progress bar.
+        unit: what an item is, for the progress bar.
+
+    Returns:
+        The folder of each part, in order; those that were there already are found again.
+    """
+    folders = [folder / f"{number:06d}" for number in range(len(parts))]
+    with tqdm(total=sum(map(len, parts)), desc=description, unit=unit, leave=False) as bar:
+        done = 0
+        for number, (part, target) in enumerate(zip(parts, folders, strict=True)):
+            artifacts.get_or_build(target, functools.partial(build, number, part, bar))
+            done += len(part)
+            bar.update(done - bar.n)  # of a part that was found
+    return folders

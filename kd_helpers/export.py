@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import logging
 import sys
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import onnxruntime
 import pandas as pd
 import torch
+from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +82,12 @@ class OnnxClassifier(PreTrainedModel):
         if not self.path.is_file():
             command = "python -m kd_helpers export RUN" + (" --int8" if int8 else "")
             raise FileNotFoundError(f"there is no {self.path}; export a model first (`{command}`).")
+        if int8 and sums_overflow():
+            warnings.warn(
+                "on this processor, which has no VNNI, onnxruntime's sums of eight-bit products can overflow, so the "
+                "graph may predict otherwise than elsewhere; compare it with float32 on this processor, or serve that.",
+                stacklevel=2,
+            )
         super().__init__(load_config(str(folder)))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -118,6 +127,24 @@ class OnnxClassifier(PreTrainedModel):
     def megabytes(self) -> float:
         """The size of the graph's file."""
         return self.path.stat().st_size / 1e6
+
+
+@functools.cache
+def sums_overflow() -> bool:
+    """Whether onnxruntime's sums of eight-bit products overflow on this processor, as on x86 without VNNI.
+
+    There the products of activations from 0 to 255 and weights from −127 to 127 are added in pairs, in sixteen bits,
+    and what is too large is cut off.
+    """
+    weights = helper.make_tensor("weights", TensorProto.INT8, [2, 1], [127, 127])
+    given = helper.make_tensor_value_info("activations", TensorProto.UINT8, [1, 2])
+    found = helper.make_tensor_value_info("sum", TensorProto.INT32, [1, 1])
+    product = helper.make_node("MatMulInteger", ["activations", "weights"], ["sum"])
+    graph = helper.make_graph([product], "overflow", [given], [found], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (total,) = session.run(None, {"activations": np.array([[255, 255]], dtype=np.uint8)})
+    return int(total[0, 0]) != 2 * 255 * 127
 
 
 def export_onnx(source: str | Path, out: str | Path, *, int8: bool = False, max_length: int | None = None) -> Path:

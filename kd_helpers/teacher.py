@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_helpers import artifacts
-from kd_helpers.checkpoints import checkpoints_dir
+from kd_helpers.checkpoints import build_parts, checkpoints_dir
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import dataset_digest, evaluation_batches, tokenize, training_batches
 from kd_helpers.loop import train_classifier
@@ -139,9 +139,7 @@ def cached_logits(
         _run_teacher(teacher, evaluation_batches(texts, tokenizer), precision, bar, target)
 
     def compute(target: Path) -> None:
-        made = artifacts.build_parts(
-            shards, _shards(tokenized), run_teacher, description="Running the teacher", unit="text"
-        )
+        made = build_parts(shards, _shards(tokenized), run_teacher, description="Running the teacher", unit="text")
         parts = [_read_logits(part) for part in made]
         _write_logits(target, torch.cat([part.ids for part in parts]), torch.cat([part.logits for part in parts]))
 

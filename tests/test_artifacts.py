@@ -98,23 +98,3 @@ def test_what_a_killed_process_left_is_removed_even_if_the_folder_is_intact(tmp_
     assert artifacts.get_or_build(folder, build) is True
     assert not abandoned.exists()
     assert (tmp_path / ".building-other-abc").exists(), "another process may be building that one"
-
-
-def test_parts_that_are_finished_are_found_again(tmp_path):
-    begun = []
-
-    def build(number, part, bar, target):
-        begun.append(number)
-        if stop_at == number:
-            raise KeyboardInterrupt
-        bar.update(1)  # the rest of the part is counted when it is done
-        artifacts.save_json(target / "part.json", part)
-
-    parts = ["ab", "cd", "e"]
-    stop_at = 1
-    with pytest.raises(KeyboardInterrupt):
-        artifacts.build_parts(tmp_path, parts, build, description="Letters", unit="letter")
-    stop_at = None
-    folders = artifacts.build_parts(tmp_path, parts, build, description="Letters", unit="letter")
-    assert [artifacts.load_json(folder / "part.json") for folder in folders] == parts
-    assert begun == [0, 1, 1, 2]

@@ -165,8 +165,9 @@ def test_a_missing_module_of_our_own_is_an_error_not_a_request(pretended):
 
 def test_an_interrupt_ends_at_once_though_threads_are_running():
     script = """
-import sys, threading, time, types
+import signal, sys, threading, time, types
 import kd_helpers.__main__ as command_line
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 def main(arguments, *, prog):
     threading.Thread(target=time.sleep, args=(60,)).start()
     print("unfinished line", end="")

