@@ -26,7 +26,7 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(READY)
 
-run: $(READY) ## run the main chapters, print the comparison, write artifacts/course/index.html; eight minutes on two cores
+run: $(READY) ## run the main chapters, print the comparison, write artifacts/course/index.html; eight minutes on two cores with bfloat16
 	$(BIN)/python -m kd_helpers course run
 
 run-all: $(READY) ## the same with every chapter, also the advanced ones
