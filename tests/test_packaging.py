@@ -22,8 +22,8 @@ from kd_helpers.course.notebooks import ROOT, notebook_paths
 PACKAGE = ROOT / "kd_helpers"
 LIBRARY = sorted({*PACKAGE.glob("*.py"), *PACKAGE.glob("methods/*.py")} - {PACKAGE / "__main__.py"})
 REST = sorted({*PACKAGE.rglob("*.py")} - {*LIBRARY})
-# ipykernel runs the notebooks; torch's exporter imports onnxscript, and onnxruntime's quantisation onnx.
-NEVER_IMPORTED = {"ipykernel", "onnx", "onnxscript"}
+# ipykernel runs the notebooks, and torch's exporter imports onnxscript.
+NEVER_IMPORTED = {"ipykernel", "onnxscript"}
 # What the library must do without, save what its own dependencies bring: scikit-learn joblib, accelerate psutil.
 ABSENT = (
     "onnx",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from kd_helpers.data import (
     tokenize,
     training_batches,
 )
-from kd_helpers.loop import fit, train_classifier
+from kd_helpers.loop import fit, recipe, train_classifier
 from kd_helpers.losses import IGNORE_INDEX, soft_targets
 from kd_helpers.methods.hidden_losses import (
     cosine_loss,
@@ -59,7 +58,6 @@ from kd_helpers.models import (
     require_teacher_and_student,
     save_model,
 )
-from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.pretrained import NO_CODE, explained, quiet_transformers, require_encoder
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup
@@ -252,8 +250,7 @@ def train_language_model(
         batches,
         loss_of,
         steps=steps,
-        optimizer=functools.partial(make_optimizer, learning_rate=learning_rate, weight_decay=0.01),
-        scheduler=functools.partial(make_scheduler, steps=steps, warmup_ratio=0.1),
+        **recipe(DistillConfig(learning_rate=learning_rate), steps),
         precision=precision,
         checkpoints=checkpoints,
         description=description,
