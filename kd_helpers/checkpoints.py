@@ -184,9 +184,10 @@ def _device_type(model: nn.Module) -> str:
 
 def build_parts(
     folder: Path,
-    parts: Sequence[Sequence[Any]],
+    items: Sequence[Any],
     build: Callable[[int, Any, tqdm, Path], None],
     *,
+    size: int,
     description: str,
     unit: str,
 ) -> list[Path]:
@@ -194,16 +195,18 @@ def build_parts(
 
     Args:
         folder: holds the parts until the whole is stored; the caller removes it then.
-        parts: of what the whole is made of, each a few items.
+        items: what the whole is made of.
         build: `build(number, part, bar, target)` fills the folder of one part, and may move the progress bar on.
+        size: items in a part; the last one may be smaller.
         description: of the progress bar.
         unit: what an item is, for the progress bar.
 
     Returns:
         The folder of each part, in order; those that were there already are found again.
     """
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
     folders = [folder / f"{number:06d}" for number in range(len(parts))]
-    with tqdm(total=sum(map(len, parts)), desc=description, unit=unit, leave=False) as bar:
+    with tqdm(total=len(items), desc=description, unit=unit, leave=False) as bar:
         done = 0
         for number, (part, target) in enumerate(zip(parts, folders, strict=True)):
             artifacts.get_or_build(target, functools.partial(build, number, part, bar))

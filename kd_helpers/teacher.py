@@ -135,11 +135,13 @@ def cached_logits(
     root = artifacts.artifacts_dir() if root is None else root
     folder, shards = root / "teacher_logits" / key, root / "checkpoints" / key
 
-    def run_teacher(_number: int, texts: datasets.Dataset, bar: tqdm, target: Path) -> None:
-        _run_teacher(teacher, evaluation_batches(texts, tokenizer), precision, bar, target)
+    def run_teacher(_number: int, rows: np.ndarray, bar: tqdm, target: Path) -> None:
+        _run_teacher(teacher, evaluation_batches(tokenized.select(rows), tokenizer), precision, bar, target)
 
     def compute(target: Path) -> None:
-        made = build_parts(shards, _shards(tokenized), run_teacher, description="Running the teacher", unit="text")
+        # From short to long, as `evaluation_batches` sorts them: the shards, cut into batches, give those of the whole.
+        order = np.argsort(np.asarray(tokenized["length"][:]), kind="stable")
+        made = build_parts(shards, order, run_teacher, size=SHARD, description="Running the teacher", unit="text")
         parts = [_read_logits(part) for part in made]
         _write_logits(target, torch.cat([part.ids for part in parts]), torch.cat([part.logits for part in parts]))
 
@@ -152,12 +154,6 @@ def _tokens(tokenized: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> 
     """All that a teacher sees of texts: their ids, every column of the tokenizer, and how batches are padded."""
     columns = [column for column in tokenized.column_names if column in {"id", *tokenizer.model_input_names}]
     return [*((column, tokenized[column][:]) for column in columns), tokenizer.pad_token_id, tokenizer.padding_side]
-
-
-def _shards(tokenized: datasets.Dataset) -> list[datasets.Dataset]:
-    """The texts from short to long, `SHARD` at a time; cut into batches they give those of the whole."""
-    order = np.argsort(np.asarray(tokenized["length"][:]), kind="stable")
-    return [tokenized.select(order[start : start + SHARD]) for start in range(0, len(order), SHARD)]
 
 
 def _run_teacher(

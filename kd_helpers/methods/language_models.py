@@ -653,17 +653,13 @@ def cached_texts(
         artifacts.save_json(target / "texts.json", write_texts(teacher, some, seed=[seed, number], **asked))
 
     def write(target: Path) -> None:
-        made = build_parts(shards, _in_shards(prompts), write_some, description="The teacher writes", unit="text")
+        made = build_parts(shards, prompts, write_some, size=SHARD, description="The teacher writes", unit="text")
         texts = [text for part in made for text in artifacts.load_json(part / "texts.json")]
         artifacts.save_json(target / "texts.json", texts)
 
     artifacts.get_or_build(folder, write)
     shutil.rmtree(shards, ignore_errors=True)
     return artifacts.load_json(folder / "texts.json")
-
-
-def _in_shards(texts: Sequence[Text]) -> list[Sequence[Text]]:
-    return [texts[start : start + SHARD] for start in range(0, len(texts), SHARD)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -766,7 +762,7 @@ def cached_top_logits(
         _run_teacher(teacher, some, k, temperature, dtype, precision, target)
 
     def compute(target: Path) -> None:
-        made = build_parts(shards, _in_shards(in_order), run_teacher, description="Running the teacher", unit="text")
+        made = build_parts(shards, in_order, run_teacher, size=SHARD, description="Running the teacher", unit="text")
         parts = [_read(part) for part in made]
         _write(target, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 

@@ -551,8 +551,9 @@ def cached_explanations(
         artifacts.save_json(target / "written.json", write_targets(teacher, tokenizer, some, new_tokens=new_tokens))
 
     def write(target: Path) -> None:
-        parts = [questions[start : start + SHARD] for start in range(0, len(questions), SHARD)]
-        made = build_parts(shards, parts, write_some, description="The teacher explains", unit="question")
+        made = build_parts(
+            shards, questions, write_some, size=SHARD, description="The teacher explains", unit="question"
+        )
         written = [text for part in made for text in artifacts.load_json(part / "written.json")]
         artifacts.save_json(target / "written.json", written)
 
