@@ -50,7 +50,14 @@ def logits_of(model, tokenizer, texts) -> torch.Tensor:
         return model(**model_inputs(model, batch)).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# One of each way to count positions and to look back, and one that is refused. torch's exporter takes up to two
+# minutes for a kind, so `make test-longer` exports the others.
+OFTEN = {"bert", "distilbert", "roberta", "albert", "deberta-v2", "gpt2", "xlnet"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in OFTEN else pytest.mark.longer) for kind in KINDS]
+)
 def test_every_kind_computes_what_torch_does_or_is_refused(kind, tmp_path):
     source = saved(tmp_path, kind)
     if kind in NOT_EXPORTED:

@@ -55,6 +55,7 @@ def distil_in(config: DistillConfig, data: DataSplits) -> None:
     distill(config, data=data, checkpoint_steps=1)
 
 
+@pytest.mark.longer
 def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, monkeypatch, one_thread, config, data):
     """SIGKILL strikes the tuning of the teacher, its logits, the student's training and the saving, where it may."""
     monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "whole"))
