@@ -139,9 +139,8 @@ def cached_logits(
         _run_teacher(teacher, evaluation_batches(tokenized.select(rows), tokenizer), precision, bar, target)
 
     def compute(target: Path) -> None:
-        # From short to long, as `evaluation_batches` sorts them: the shards, cut into batches, give those of the whole.
-        order = np.argsort(np.asarray(tokenized["length"][:]), kind="stable")
-        made = build_parts(shards, order, run_teacher, size=SHARD, description="Running the teacher", unit="text")
+        rows = _by_length(tokenized)
+        made = build_parts(shards, rows, run_teacher, size=SHARD, description="Running the teacher", unit="text")
         parts = [_read_logits(part) for part in made]
         _write_logits(target, torch.cat([part.ids for part in parts]), torch.cat([part.logits for part in parts]))
 
@@ -154,6 +153,11 @@ def _tokens(tokenized: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> 
     """All that a teacher sees of texts: their ids, every column of the tokenizer, and how batches are padded."""
     columns = [column for column in tokenized.column_names if column in {"id", *tokenizer.model_input_names}]
     return [*((column, tokenized[column][:]) for column in columns), tokenizer.pad_token_id, tokenizer.padding_side]
+
+
+def _by_length(tokenized: datasets.Dataset) -> np.ndarray:
+    """The rows from short to long, as `evaluation_batches` sorts them: shards of them have the batches of the whole."""
+    return np.argsort(np.asarray(tokenized["length"][:]), kind="stable")
 
 
 def _run_teacher(

@@ -211,10 +211,8 @@ def test_shards_cut_into_batches_are_the_batches_of_the_whole(texts, batches_in_
     # Not drawn one by one: hypothesis rarely draws lists as long as a few batches.
     lengths = np.random.default_rng(seed).integers(1, 60, texts)
     tokenized = datasets.Dataset.from_dict({"id": range(texts), "length": lengths})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "SHARD", 64 * batches_in_a_shard)
-        shards = list(teacher._shards(tokenized))
-    assert all(len(shard) == 64 * batches_in_a_shard for shard in shards[:-1])
+    rows, size = teacher._by_length(tokenized), 64 * batches_in_a_shard
+    shards = [tokenized.select(rows[start : start + size]) for start in range(0, texts, size)]
 
     def ids(part: datasets.Dataset) -> list[list[int]]:
         return [part.select(batch)["id"][:] for batch in LengthSortedBatchSampler(part["length"][:], 64)]

@@ -332,11 +332,11 @@ def test_parts_that_are_finished_are_found_again(tmp_path):
         bar.update(1)  # the rest of the part is counted when it is done
         artifacts.save_json(target / "part.json", part)
 
-    parts = ["ab", "cd", "e"]
+    options = {"size": 2, "description": "Letters", "unit": "letter"}
     stop_at = 1
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.build_parts(tmp_path, parts, build, description="Letters", unit="letter")
+        checkpoints.build_parts(tmp_path, "abcde", build, **options)
     stop_at = None
-    folders = checkpoints.build_parts(tmp_path, parts, build, description="Letters", unit="letter")
-    assert [artifacts.load_json(folder / "part.json") for folder in folders] == parts
+    folders = checkpoints.build_parts(tmp_path, "abcde", build, **options)
+    assert [artifacts.load_json(folder / "part.json") for folder in folders] == ["ab", "cd", "e"]
     assert begun == [0, 1, 1, 2]
