@@ -51,7 +51,7 @@ def folder_with(tmp_path, model, tokenizer):
     return str(tmp_path / "checkpoint")
 
 
-@pytest.mark.parametrize("preset", ["bert", "bert-large"])
+@pytest.mark.parametrize("preset", ["bert", pytest.param("bert-large", marks=pytest.mark.longer)])
 def test_a_preset_of_the_hub_distils_without_a_network(python, preset):
     said = python(f"""
 import json

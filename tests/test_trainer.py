@@ -388,6 +388,7 @@ def test_the_script_says_that_it_diverged(of_the_script, capsys):
     assert "training diverged at step 2" in capsys.readouterr().err
 
 
+@pytest.mark.longer
 def test_the_script_goes_on_under_two_processes(tmp_path, of_the_script):
     command = (
         *("-m", "kd_helpers.train", *of_the_script, "--online"),

@@ -481,7 +481,7 @@ def test_papermill_runs_explorers_to_the_end(tmp_path):
 
 
 @pytest.mark.usefixtures("in_kernels")
-@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize("tagged", [True, pytest.param(False, marks=pytest.mark.longer)])
 def test_nbval_compares_a_notebook_that_stores_no_widgets(tmp_path, tagged):
     """Without the tag nbval misses the widget's `text/plain`, so the tag is needed."""
     notebook = explorer_notebook()

@@ -524,6 +524,7 @@ seed: int = 0  # seed
 output_dir: str = ""  # where"""
 
 
+@pytest.mark.longer
 def test_the_teacher_is_tuned_once_and_run_once_in_the_whole_sweep(tmp_path, own_artifacts):
     """Two sweeps start cold, together, with two temperatures and two alphas."""
     (tmp_path / "counting.py").write_text(COUNTING)
