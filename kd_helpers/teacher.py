@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import safetensors.torch
 import torch
 from scipy.special import bdtrc
@@ -135,11 +134,11 @@ def cached_logits(
     root = artifacts.artifacts_dir() if root is None else root
     folder, shards = root / "teacher_logits" / key, root / "checkpoints" / key
 
-    def run_teacher(_number: int, rows: np.ndarray, bar: tqdm, target: Path) -> None:
+    def run_teacher(_number: int, rows: Sequence[int], bar: tqdm, target: Path) -> None:
         _run_teacher(teacher, evaluation_batches(tokenized.select(rows), tokenizer), precision, bar, target)
 
     def compute(target: Path) -> None:
-        rows = _by_length(tokenized)
+        rows = evaluation_batches(tokenized, tokenizer).batch_sampler.order  # so shards have the batches of the whole
         made = build_parts(shards, rows, run_teacher, size=SHARD, description="Running the teacher", unit="text")
         parts = [_read_logits(part) for part in made]
         _write_logits(target, torch.cat([part.ids for part in parts]), torch.cat([part.logits for part in parts]))
@@ -153,11 +152,6 @@ def _tokens(tokenized: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> 
     """All that a teacher sees of texts: their ids, every column of the tokenizer, and how batches are padded."""
     columns = [column for column in tokenized.column_names if column in {"id", *tokenizer.model_input_names}]
     return [*((column, tokenized[column][:]) for column in columns), tokenizer.pad_token_id, tokenizer.padding_side]
-
-
-def _by_length(tokenized: datasets.Dataset) -> np.ndarray:
-    """The rows from short to long, as `evaluation_batches` sorts them: shards of them have the batches of the whole."""
-    return np.argsort(np.asarray(tokenized["length"][:]), kind="stable")
 
 
 def _run_teacher(

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hypothesis.extra.numpy import arrays
 from torch.testing import assert_close
 
 from kd_helpers import artifacts, data, teacher
+from kd_helpers.checkpoints import build_parts
 from kd_helpers.config import DEVICES, PRECISIONS, PRESETS, STUDENT_INITS, DistillConfig
 from kd_helpers.data import BucketBatchSampler, DataSplits, LengthSortedBatchSampler
 from kd_helpers.losses import IGNORE_INDEX, distillation_loss, hard_loss, soft_loss
@@ -211,8 +213,16 @@ def test_shards_cut_into_batches_are_the_batches_of_the_whole(texts, batches_in_
     # Not drawn one by one: hypothesis rarely draws lists as long as a few batches.
     lengths = np.random.default_rng(seed).integers(1, 60, texts)
     tokenized = datasets.Dataset.from_dict({"id": range(texts), "length": lengths})
-    rows, size = teacher._by_length(tokenized), 64 * batches_in_a_shard
-    shards = [tokenized.select(rows[start : start + size]) for start in range(0, texts, size)]
+    shards = []
+
+    def keep(_number: int, rows: Sequence[int], _bar: Any, _target: Path) -> None:
+        shards.append(tokenized.select(rows))
+
+    with tempfile.TemporaryDirectory() as folder:
+        order = LengthSortedBatchSampler(lengths, 64).order
+        size = 64 * batches_in_a_shard
+        build_parts(Path(folder), order, keep, size=size, description="Shards", unit="text")
+    assert all(len(shard) == 64 * batches_in_a_shard for shard in shards[:-1])
 
     def ids(part: datasets.Dataset) -> list[list[int]]:
         return [part.select(batch)["id"][:] for batch in LengthSortedBatchSampler(part["length"][:], 64)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import torch
 
+from kd_helpers.data import load_splits
 from kd_helpers.experiments import deployment
 from kd_helpers.experiments.deployment import (
     ARMS,
@@ -36,13 +38,10 @@ HELD_OUT = 200
 @pytest.fixture
 def few_texts(own_artifacts, monkeypatch) -> None:
     """The held-out splits in small: the whole ones take minutes, in bfloat16 above all where it is emulated."""
-
-    def resolve_few(config):
-        setup = resolve(config)
-        short = {split: getattr(setup.data, split).select(range(HELD_OUT)) for split in ("validation", "test")}
-        return dataclasses.replace(setup, data=dataclasses.replace(setup.data, **short))
-
-    monkeypatch.setattr(deployment, "resolve", resolve_few)
+    data = load_splits(SMALL)
+    short = {split: getattr(data, split).select(range(HELD_OUT)) for split in ("validation", "test")}
+    few = functools.partial(resolve, data=dataclasses.replace(data, **short))
+    monkeypatch.setattr(deployment, "resolve", few)
 
 
 def test_the_arms_train_three_different_students(few_texts):
