@@ -92,7 +92,7 @@ class Route:
 _ALONE = Weights(soft=0, language=1, cosine=0)
 ARMS: dict[str, Arm] = {
     "triple": Arm("All three losses", Route(tasks=(*CURVE, *DISTILLED))),
-    "language": Arm("Language loss alone, no teacher", Route(_ALONE, tasks=(*CURVE,))),
+    "language": Arm("Language loss alone", Route(_ALONE, tasks=(*CURVE,))),
     "language_longer": Arm("Language loss alone, 1.5 × the steps", Route(_ALONE, times=LONGER)),
     "no_soft": Arm("Without the soft loss", Route(Weights(soft=0))),
     "no_cosine": Arm("Without the cosine loss", Route(Weights(cosine=0))),
