@@ -8,7 +8,7 @@ the study does not use.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,9 +30,7 @@ from kd_helpers.runtime import seed_everything
 from kd_helpers.teacher import TeacherLogits, load_teacher_logits
 
 MODULE = "kd_helpers.experiments.distilbert"
-CONFIG = DistillConfig(
-    train_size=2500, transfer_size=21_631, warmup_ratio=0.1, temperature=2.0, alpha=0.9, precision="bfloat16"
-)
+CONFIG = DistillConfig(train_size=2500, transfer_size=21_631, warmup_ratio=0.1, temperature=2.0, alpha=0.9)
 SEEDS = (0, 1, 2, 3, 4)
 PILOT_SEED = 100
 STEPS, TASK_STEPS = 400, 200  # on texts without labels, and for the task
@@ -40,7 +38,6 @@ LONGER = 1.5  # times the steps: what a step with the teacher costs of one witho
 ADAPTATION_STEPS = 3000  # of the packaged teacher, on all texts of the pool
 LANGUAGE_RATES = (2e-4, 5e-4, 1e-3)
 TASK_RATES = (5e-5, 1e-4, 3e-4, 1e-3)
-SENTENCES = ("the flight was [MASK] again", "i [MASK] this phone", "what a [MASK] day")
 
 
 class Task(NamedTuple):
@@ -59,7 +56,7 @@ class Task(NamedTuple):
     steps: int = TASK_STEPS
 
 
-FEW = "labels_500"  # the task that every student learns, and by which the rates are chosen
+FEW = "labels_500"  # the task that every student learns
 CURVE = {f"labels_{count}": Task(count) for count in (50, 100, 500, 2500)}
 DISTILLED = {"teacher_500": Task(500, distilled=True), "transfer_500": Task(500, distilled=True, transfer=True)}
 # With the steps on texts without labels spent on the task instead.
@@ -69,6 +66,8 @@ ALL_STEPS = {
     "all_transfer_500": Task(500, distilled=True, transfer=True, steps=STEPS + TASK_STEPS),
 }
 TASKS = CURVE | DISTILLED | ALL_STEPS
+# Tasks with a learning rate of their own; those with other numbers of labels take that of `FEW`.
+TUNED = (FEW, *DISTILLED, *ALL_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +104,14 @@ ARMS: dict[str, Arm] = {
 
 
 class Rates(NamedTuple):
-    """Peak learning rates: on texts without labels, and for the task."""
+    """Peak learning rates: on texts without labels, and for the tasks of `TUNED` that a route has."""
 
     language: float
-    task: float
+    tasks: Mapping[str, float]
+
+    def of(self, task: str) -> float:
+        """For a task."""
+        return self.tasks.get(task, self.tasks[FEW])
 
 
 class Ground(NamedTuple):
@@ -189,25 +192,25 @@ def measure_language(model: BertForMaskedLM, ground: Ground, texts: datasets.Dat
 
 @dataclasses.dataclass(frozen=True)
 class Try:
-    """A route with a learning rate that is tried on texts without labels; with `task`, also those for the task."""
+    """A route with a learning rate for texts without labels; where there are `tasks`, theirs are tried."""
 
     route: Route
     rate: float
-    task: bool = False
+    tasks: tuple[str, ...] = ()
 
 
 def tries_study(ground: Ground, tries: Mapping[str, Try], *, steps: int = STEPS) -> Study:
-    """Runs have `nats` on validation and, where rates for the task are tried, the NLL there by the name of the rate."""
+    """Runs have `nats` on validation; where rates for tasks are tried, the NLL there as `TASK RATE`."""
 
     def run(tried: Try, seed: int, _folder: Path) -> dict[str, float]:
         student = train_language(tried.route, ground, tried.rate, seed=seed, steps=steps)
         validation = ground.setup.data.validation
-        if not tried.task:
+        if not tried.tasks:
             return {"nats": measure_language(student, ground, validation)["loss"]}
         found = {}
-        for rate in TASK_RATES:
-            classifier = train_task(student, tried.route, TASKS[FEW], ground, rate, seed=seed)
-            found[f"{rate:g}"] = measure_task(classifier, ground, validation)["nll"]
+        for name, rate in itertools.product(tried.tasks, TASK_RATES):
+            classifier = train_task(student, tried.route, TASKS[name], ground, rate, seed=seed)
+            found[f"{name} {rate:g}"] = measure_task(classifier, ground, validation)["nll"]
         return found
 
     arms = {name: Arm(name, tried) for name, tried in tries.items()}
@@ -215,7 +218,7 @@ def tries_study(ground: Ground, tries: Mapping[str, Try], *, steps: int = STEPS)
 
 
 def choose_rates(ground: Ground, arms: Mapping[str, Arm], *, steps: int = STEPS) -> dict[str, Rates]:
-    """Of every arm the rates that are best on validation: by the language loss, then by the NLL of `FEW`."""
+    """Of every arm the rates that are best on validation: by the language loss, then by the NLL of each task."""
     routes = {name: arm.recipe for name, arm in arms.items()}
     tried = {
         f"{name}, {rate:g}": Try(route, rate)
@@ -230,12 +233,14 @@ def choose_rates(ground: Ground, arms: Mapping[str, Arm], *, steps: int = STEPS)
         else min(LANGUAGE_RATES, key=lambda rate, name=name: nats[f"{name}, {rate:g}"])
         for name, route in routes.items()
     }
-    tasks = {name: Try(route, language[name], task=True) for name, route in routes.items()}
-    nll = {run["arm"]: run for run in run_study(tries_study(ground, tasks, steps=steps))["runs"]}
-    return {
-        name: Rates(language[name], min(TASK_RATES, key=lambda rate, name=name: nll[name][f"{rate:g}"]))
-        for name in routes
-    }
+    tasks = {name: tuple(task for task in route.tasks if task in TUNED) for name, route in routes.items()}
+    tried = {name: Try(route, language[name], tasks[name]) for name, route in routes.items()}
+    nll = {run["arm"]: run for run in run_study(tries_study(ground, tried, steps=steps))["runs"]}
+
+    def best(arm: str, task: str) -> float:
+        return min(TASK_RATES, key=lambda rate: nll[arm][f"{task} {rate:g}"])
+
+    return {name: Rates(language[name], {task: best(name, task) for task in tasks[name]}) for name in routes}
 
 
 # --- the study ---
@@ -277,7 +282,7 @@ def distilbert_study(
         predicted = measure_language(student, ground, test)
         measures = {"seconds": seconds, "nats": predicted["loss"], "language_accuracy": predicted["accuracy"]}
         for name in route.tasks:
-            classifier = train_task(student, route, TASKS[name], ground, rates_of[route].task, seed=seed)
+            classifier = train_task(student, route, TASKS[name], ground, rates_of[route].of(name), seed=seed)
             measures |= {f"{name}_{what}": value for what, value in measure_task(classifier, ground, test).items()}
         return measures
 
@@ -289,21 +294,16 @@ def study() -> dict[str, Any]:
     """Every arm with every seed.
 
     Beside what `run_study` returns: `teachers`, how well the language teacher predicts on test with and without
-    adaptation, and `words`, what it would put into some sentences at T = 1 and at the temperature of the study.
+    adaptation.
     """
     ground = prepare(CONFIG, adaptation_steps=ADAPTATION_STEPS)
-    setup, tokenizer = ground.setup, ground.setup.tokenizers.teacher
+    setup = ground.setup
     teachers = {
         "not adapted": distilbert.load_language_model(CONFIG.teacher_source)[0].to(setup.device),
         "head only": distilbert.language_teacher(setup, head_only=True),
         "600 steps": distilbert.language_teacher(setup),
         "all texts, 3,000 steps": ground.teacher,
     }
-    likely = functools.partial(distilbert.likely_words, ground.teacher, tokenizer)
-    words = {
-        sentence: {f"{T:g}": likely(sentence, temperature=T) for T in (1.0, distilbert.TEMPERATURE)}
-        for sentence in SENTENCES
-    }
     result = run_study(distilbert_study(ground, choose_rates(ground, ARMS)))
     measured = {name: measure_language(model, ground, setup.data.test) for name, model in teachers.items()}
-    return result | {"teachers": measured, "words": words}
+    return result | {"teachers": measured}

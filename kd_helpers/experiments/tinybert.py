@@ -1,6 +1,6 @@
 """The study of chapter 12: TinyBERT's stages and losses against logits alone, at several lengths.
 
-Two arms that are compared read the same texts, and start from the same weights. Learning rates are chosen once, on
+Two arms that are compared draw from the same texts, and start from the same weights. Learning rates are chosen once, on
 validation, with a seed that the study does not use.
 """
 
@@ -20,9 +20,9 @@ from kd_helpers.config import DistillConfig
 from kd_helpers.data import corpus_digest, evaluation_batches, read_corpus, tokenize, training_batches
 from kd_helpers.experiments.study import Arm, Study, run_study, study_table
 from kd_helpers.loop import train_classifier
-from kd_helpers.methods.augmentation import CANDIDATES, PROBABILITY, augmented_texts, candidate_words
+from kd_helpers.methods.augmentation import CANDIDATES, PROBABILITY, augmented_texts
 from kd_helpers.methods.distilbert import language_teacher
-from kd_helpers.methods.tinybert import STUDENTS, distill_layers
+from kd_helpers.methods.tinybert import STUDENTS, Projections, distill_layers
 from kd_helpers.metrics import classification_metrics, fidelity, predict
 from kd_helpers.models import checkpoint_version, freeze, load_teacher
 from kd_helpers.resolve import Setup, resolve
@@ -30,16 +30,14 @@ from kd_helpers.runtime import seed_everything
 from kd_helpers.teacher import TeacherLogits, attach, cached_logits, fine_tuned_teacher
 
 MODULE = "kd_helpers.experiments.tinybert"
-CONFIG = DistillConfig(
-    transfer_size=21_631, epochs=3, warmup_ratio=0.1, alpha=1.0, temperature=2.0, precision="bfloat16"
-)
+CONFIG = DistillConfig(transfer_size=21_631, epochs=3, warmup_ratio=0.1, alpha=1.0, temperature=2.0)
 SEEDS, PART_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
 PILOT_SEED = 100
 LENGTHS = (600, 1200, 2400)
 COPIES = 4  # of each labelled text; the paper makes 20
 # The attention loss is by far the largest of the three, and under a clipped gradient it would decide nearly alone.
 WEIGHTS = {"embedding": 1.0, "attention": 0.1, "hidden": 1.0}
-SENTENCES = ("the flight was great", "i love this phone", "my bag is lost again and nobody helps")
+STAGES = ("general", "layers", "prediction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +104,25 @@ PARTS: dict[str, Arm] = {
     "labels": Arm("Labels only", logits_only(texts="train", alpha=0.0)),
     "half_logits": Arm("Half: logits only", logits_only(student="half")),
     "half_tinybert": Arm("Half: TinyBERT", Stages(student="half")),
-    "half_labels": Arm("Half: labels only", logits_only(student="half", texts="train", alpha=0.0)),
 }
 
 
 class Rates(NamedTuple):
-    """Peak learning rates of a student: in the two stages of layers, and in the last stage."""
+    """Peak learning rates of a student: in the two stages of layers, and in the last stage for logits or for labels."""
 
-    layers: float
-    prediction: float
+    layers: float = 0.0
+    prediction: float = 0.0
+    labels: float = 0.0
 
 
-# What is tried on validation: each student's rates for logits alone, then those for the layers before them.
+# What is tried on validation: each student's rates for logits alone, for labels alone if an arm learns them, and then
+# for the layers before the logits.
 TRIED = {
-    "narrow": {"prediction": (5e-4, 1e-3, 2e-3, 4e-3), "layers": (1e-3, 2e-3, 4e-3, 8e-3)},
+    "narrow": {
+        "prediction": (5e-4, 1e-3, 2e-3, 4e-3),
+        "labels": (5e-4, 1e-3, 2e-3, 4e-3),
+        "layers": (1e-3, 2e-3, 4e-3, 8e-3),
+    },
     "half": {"prediction": (5e-5, 1e-4, 2e-4, 4e-4), "layers": (5e-5, 1e-4, 2e-4, 4e-4)},
 }
 
@@ -173,14 +176,18 @@ def train_in_stages(stages: Stages, material: Material, rates: Rates, *, seed: i
     setup = material.setup
     config, tokenizer = setup.config.replace(seed=seed), setup.tokenizers.teacher
     planned, texts = stages.steps(), material.texts[stages.texts]
+    # Each stage has an order of its own, or it would begin with the batches of the stage before.
+    orders = {stage: seed + 1000 * number for number, stage in enumerate(STAGES)}
     seed_everything(seed)
     student = STUDENTS[stages.student](config, setup.data.label_names).to(setup.device)
-    own = dataclasses.replace(setup, config=config.replace(learning_rate=rates.layers))
+    projections = Projections(student.config.hidden_size, material.tuned.config.hidden_size).to(setup.device)
     for stage, teacher in (("general", material.pretrained), ("layers", material.tuned)):
         if planned[stage]:
-            distill_layers(student, teacher, texts, own, steps=planned[stage], weights=stages.weights())
-    config = config.replace(learning_rate=rates.prediction, alpha=stages.alpha, max_steps=planned["prediction"])
-    batches = training_batches(texts, tokenizer, config.batch_size, seed=seed)
+            own = dataclasses.replace(setup, config=config.replace(learning_rate=rates.layers, seed=orders[stage]))
+            distill_layers(student, teacher, projections, texts, own, steps=planned[stage], weights=stages.weights())
+    rate = rates.prediction if stages.alpha else rates.labels
+    config = config.replace(learning_rate=rate, alpha=stages.alpha, max_steps=planned["prediction"])
+    batches = training_batches(texts, tokenizer, config.batch_size, seed=orders["prediction"])
     train_classifier(student, batches, config=config, precision=setup.precision, description="Distilling logits")
     return student.eval()
 
@@ -204,31 +211,33 @@ class Try:
     """An arm with learning rates that are tried."""
 
     stages: Stages
-    layers: float
-    prediction: float
+    rates: Rates
 
 
 def tries_study(material: Material, arms: Mapping[str, Arm], *, copies: int = COPIES) -> Study:
     """Arms with rates that are tried; runs have the measures on validation."""
 
     def run(tried: Try, seed: int, _folder: Path) -> dict[str, float]:
-        student = train_in_stages(tried.stages, material, Rates(tried.layers, tried.prediction), seed=seed)
+        student = train_in_stages(tried.stages, material, tried.rates, seed=seed)
         return measure(student, material, "validation")
 
     return Study("tinybert_rates", MODULE, arms, (PILOT_SEED,), choices(material, copies), run)
 
 
 def choose_rates(material: Material, student: str, *, copies: int = COPIES, length: int = 1200) -> Rates:
-    """The rates of a student with the lowest NLL on validation: for logits alone, then for the layers before them."""
-    found = {"layers": TRIED[student]["layers"][0], "prediction": 0.0}
-    for stage, stages in (
-        ("prediction", logits_only(student=student, length=length)),
-        ("layers", Stages(student=student, length=length)),
-    ):
-        arms = {f"{rate:g}": Arm(f"{rate:g}", Try(stages, **found | {stage: rate})) for rate in TRIED[student][stage]}
+    """The rates of a student with the lowest NLL on validation; those for layers after those for logits."""
+    stages_of = {
+        "prediction": logits_only(student=student, length=length),
+        "labels": logits_only(student=student, length=length, texts="train", alpha=0.0),
+        "layers": Stages(student=student, length=length),
+    }
+    found = Rates()
+    for stage, rates in TRIED[student].items():
+        tries = {f"{stage} {rate:g}": Try(stages_of[stage], found._replace(**{stage: rate})) for rate in rates}
+        arms = {name: Arm(name, tried) for name, tried in tries.items()}
         nll = study_table(run_study(tries_study(material, arms, copies=copies)), "nll").loc[PILOT_SEED]
-        found[stage] = float(nll.idxmin())
-    return Rates(**found)
+        found = tries[nll.idxmin()].rates
+    return found
 
 
 # --- the study ---
@@ -281,22 +290,11 @@ def tinybert_study(
 def study() -> dict[str, Any]:
     """The arms of `ARMS` with every seed; as `parts`, those of `PARTS` with three of them.
 
-    Beside what `run_study` returns: `teacher`, the tuned teacher's own measures, and `candidates`, what augmentation
-    would put in the place of each word of some sentences, as `[start, end, words]`.
+    Beside what `run_study` returns: `teacher`, the tuned teacher's own measures.
     """
     setup = resolve(CONFIG)
     material = prepare_material(setup, copies=COPIES)
     rates_of = functools.cache(functools.partial(choose_rates, material))
     result = run_study(tinybert_study(material, rates_of))
     parts = run_study(tinybert_study(material, rates_of, PARTS, seeds=PART_SEEDS))
-    options = {"max_length": CONFIG.max_length, "precision": setup.precision}
-    found = candidate_words(SENTENCES, language_teacher(setup), setup.tokenizers.teacher, **options)
-    candidates = {
-        text: [[*span, words] for span, words in by_word.items()]
-        for text, by_word in zip(SENTENCES, found, strict=True)
-    }
-    return result | {
-        "parts": parts,
-        "teacher": measure(material.tuned, material, "test"),
-        "candidates": candidates,
-    }
+    return result | {"parts": parts, "teacher": measure(material.tuned, material, "test")}

@@ -156,6 +156,7 @@ def layer_losses(
 def distill_layers(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
+    projections: Projections,
     texts: datasets.Dataset,
     setup: Setup,
     *,
@@ -167,6 +168,8 @@ def distill_layers(
     Args:
         student: learns, in place.
         teacher: frozen. It runs at every step: what it computes inside for all texts would fill a disk.
+        projections: from the student's width to the teacher's; they learn as well, in place. A second stage goes on
+            with those of the first, to which the student has been fitted.
         texts: tokenized; labels are not used.
         setup: the teacher's tokenizer, learning rate, warm-up, weight decay, clipping, batch size and seed.
         steps: optimiser steps.
@@ -189,9 +192,6 @@ def distill_layers(
     require_eval_mode(teacher)
     config, tokenizer = setup.config, setup.tokenizers.teacher
     mapping = layer_mapping(student.config.num_hidden_layers, teacher.config.num_hidden_layers, "uniform")
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        projections = Projections(student.config.hidden_size, teacher.config.hidden_size).to(setup.device)
 
     def loss_of(batch: Batch) -> LayerLosses:
         with torch.no_grad():

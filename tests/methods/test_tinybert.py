@@ -186,13 +186,16 @@ def test_models_of_one_width_need_no_projection():
 def test_distilling_layers(student, teacher, tokenized, setup):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     known, names = weights_digest(teacher), set(student.state_dict())
-    losses = distill_layers(student, teacher, tokenized, setup, steps=40)
+    projections = Projections(16, 32)
+    drawn = projections.hidden.weight.clone()
+    losses = distill_layers(student, teacher, projections, tokenized, setup, steps=40)
     for part, values in losses._asdict().items():
         assert values.shape == (40,)
         assert values[-5:].mean() < 0.9 * values[:5].mean(), part
     torch.testing.assert_close(losses.total, losses.embedding + losses.attention + losses.hidden)
     after = student.state_dict()
     assert set(after) == names, "the projections stay outside"
+    assert not torch.equal(projections.hidden.weight, drawn), "they learn, for the next stage to go on with"
     for name in ("classifier.weight", "bert.pooler.dense.weight"):
         assert torch.equal(after[name], before[name])
     assert not torch.equal(
@@ -206,7 +209,7 @@ def test_the_seed_decides(teacher, tokenized, setup):
         torch.manual_seed(seed)
         own = random_like(narrow_shape(teacher, layers=2, width=16), seed=seed)
         seeded = dataclasses.replace(setup, config=CONFIG.replace(seed=seed))
-        return distill_layers(own, teacher, tokenized, seeded, steps=3).total
+        return distill_layers(own, teacher, Projections(16, 32), tokenized, seeded, steps=3).total
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
@@ -214,7 +217,8 @@ def test_the_seed_decides(teacher, tokenized, setup):
 
 def test_what_cannot_be_distilled(student, teacher, tokenized, setup):
     def run(*, learns=student, teaches=teacher, **changes):
-        return distill_layers(learns, teaches, tokenized, setup, **{"steps": 2} | changes)
+        maps = Projections(learns.config.hidden_size, teaches.config.hidden_size)
+        return distill_layers(learns, teaches, maps, tokenized, setup, **{"steps": 2} | changes)
 
     for weights in ({}, {"logits": 1.0}, {"hidden": 0.0}, {"hidden": 1.0, "attention": -1.0}):
         with pytest.raises(ValueError, match="give numbers of at least 0 to embedding, attention, hidden, one of them"):
@@ -248,6 +252,6 @@ def test_a_gradient_that_is_not_finite_is_named(student, teacher, tokenized, set
     losses = f"total {number}, embedding {number}, attention {number}, hidden {number}"
     sentence = rf"^training diverged at step 2 \({losses}, gradient norm (inf|nan)\): lower the learning rate"
     with pytest.raises(DivergedError, match=sentence) as error:
-        distill_layers(student, teacher, tokenized, setup, steps=3)
+        distill_layers(student, teacher, Projections(16, 32), tokenized, setup, steps=3)
     assert error.value.step == 2
     assert all(value.isfinite().all() for value in student.state_dict().values()), "the step was not made"
