@@ -40,7 +40,15 @@ def texts_study() -> Study:
 
 def study() -> dict[str, Any]:
     """Both studies: that of the texts and, as `125_steps`, `250_steps` …, that of each length."""
-    return run_study(texts_study()) | {f"{steps}_steps": run_study(length_study(steps)) for steps in STEPS}
+    lengths = {f"{steps}_steps": _measures(run_study(length_study(steps))) for steps in STEPS}
+    return _measures(run_study(texts_study())) | lengths
+
+
+def _measures(result: dict[str, Any]) -> dict[str, Any]:
+    """A study's result without what each run predicted, which is long."""
+    left_out = ("predicted", "confusion", "reliability")
+    runs = [{name: value for name, value in run.items() if name not in left_out} for run in result["runs"]]
+    return result | {"runs": runs}
 
 
 def by_steps(stored: Mapping[str, Any], measure: str = "accuracy") -> pd.DataFrame:
@@ -60,6 +68,16 @@ def by_steps(stored: Mapping[str, Any], measure: str = "accuracy") -> pd.DataFra
 def columns_of(arm: str, measure: str) -> dict[str, str]:
     """The columns of `by_steps` that a run fills, and the name of the measure in the run."""
     return {"best_epoch": measure, "baseline": f"last_{measure}"} if arm == "best_epoch" else {arm: measure}
+
+
+def best_baseline(stored: Mapping[str, Any], measure: str = "accuracy") -> pd.Series:
+    """A measure on test of the baseline at the best of all lengths and epochs, by accuracy on validation; by seed.
+
+    In a long run the best epoch can lie where the learning rate still rises; a short run ends at a low one.
+    """
+    runs = [run for steps in STEPS for run in stored[f"{steps}_steps"]["runs"] if run["arm"] == "best_epoch"]
+    runs.sort(key=lambda run: max(epoch["accuracy"] for epoch in run["history"]))
+    return pd.Series({run["seed"]: run[measure] for run in runs}, name="best_baseline").sort_index()
 
 
 def stored_patience() -> dict[str, Any]:

@@ -51,3 +51,30 @@ def test_a_table_has_the_baseline_at_both_of_its_moments():
     assert list(table.columns) == ["baseline", "best_epoch", "tuned_teacher"]
     assert table["baseline"].tolist() == [steps / 10_000 for steps in patience.STEPS]
     assert table.loc[(125, 0), "best_epoch"] == 0.7
+
+
+def test_the_best_baseline_is_chosen_on_validation_among_all_lengths():
+    """Seed 0 is best after 250 steps, seed 1 after 125; what is measured on test has no say."""
+    best_on_validation = {(125, 0): 0.70, (250, 0): 0.75, (125, 1): 0.8}
+
+    def runs(steps: int) -> list[dict]:
+        return [
+            {
+                "arm": "best_epoch",
+                "seed": seed,
+                "accuracy": steps / 10_000 + seed / 10,
+                "history": [{"accuracy": best_on_validation.get((steps, seed), 0.5)}, {"accuracy": 0.4}],
+            }
+            for seed in (0, 1)
+        ]
+
+    found = patience.best_baseline({f"{steps}_steps": {"runs": runs(steps)} for steps in patience.STEPS})
+    assert found.to_dict() == pytest.approx({0: 0.025, 1: 0.1125})
+
+
+def test_what_each_run_predicted_is_not_stored_twice(monkeypatch):
+    made = {"arms": {}, "runs": [{"arm": "tuned_teacher", "accuracy": 0.8, "predicted": "0 1", "confusion": [[1]]}]}
+    monkeypatch.setattr(patience, "run_study", lambda study: made)
+    monkeypatch.setattr(patience, "comparison_study", lambda config, **arms: comparison.Study("", "", {}, (), {}, None))
+    stored = patience.study()
+    assert stored["runs"] == stored["125_steps"]["runs"] == [{"arm": "tuned_teacher", "accuracy": 0.8}]
