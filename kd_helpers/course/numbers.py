@@ -193,6 +193,23 @@ def _validation(rest: str) -> str:
 OTHERS["validation"] = _validation
 
 
+def _best_length(rest: str) -> str:
+    """The accuracy of an arm of chapter 07's lengths minus that of the baseline at its best length and epoch.
+
+    Args:
+        rest: `ARM, STEPS`; with `, interval` the 95% interval over the seeds.
+    """
+    from kd_helpers.experiments import patience  # here, since it imports torch
+
+    arm, steps, *interval = (part.strip() for part in rest.split(","))
+    stored = _stored("patience")
+    values = patience.by_steps(stored).loc[int(steps), arm] - patience.best_baseline(stored)
+    return _as_written(mean_interval(values), share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["best_length"] = _best_length
+
+
 def _texts(rest: str) -> str:
     """The gain in accuracy in the stored comparison, with its interval over test texts in place of seeds.
 
