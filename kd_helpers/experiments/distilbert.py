@@ -78,16 +78,19 @@ class Route:
         weights: of the three losses; None: it does not learn from texts without labels. Without soft and cosine loss
             there is no teacher.
         random_start: it starts from random weights, not from its teacher's layers.
+        adapted: its layers are those of the language teacher, not those of the checkpoint that this was adapted from.
         times: its steps, as a multiple of those of the others.
         tasks: names of `TASKS`.
     """
 
     weights: Weights | None = WEIGHTS
     random_start: bool = False
+    adapted: bool = True
     times: float = 1.0
     tasks: tuple[str, ...] = (FEW,)
 
 
+_RANDOM = (*CURVE, "all_labels_500")
 _ALONE = Weights(soft=0, language=1, cosine=0)
 ARMS: dict[str, Arm] = {
     "triple": Arm("All three losses", Route(tasks=(*CURVE, *DISTILLED))),
@@ -97,9 +100,10 @@ ARMS: dict[str, Arm] = {
     "no_cosine": Arm("Without the cosine loss", Route(Weights(cosine=0))),
     "no_language": Arm("Without the language loss", Route(Weights(language=0))),
     "none": Arm("The teacher's layers as they are", Route(None, tasks=(*TASKS,))),
+    "packaged": Arm("The checkpoint's layers as they are", Route(None, adapted=False, tasks=(FEW, *ALL_STEPS))),
     "random_triple": Arm("Random start, all three losses", Route(random_start=True, tasks=(*CURVE,))),
     "random_language": Arm("Random start, language loss alone", Route(_ALONE, random_start=True)),
-    "random_none": Arm("Random start, nothing before the task", Route(None, random_start=True, tasks=(*CURVE,))),
+    "random_none": Arm("Random start, nothing before the task", Route(None, random_start=True, tasks=_RANDOM)),
 }
 
 
@@ -115,10 +119,18 @@ class Rates(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """What all runs share: configuration and data, the language teacher, and the logits of the tuned teacher."""
+    """What all runs share.
+
+    Attributes:
+        setup: configuration and data.
+        teacher: the language teacher.
+        checkpoint: what it was adapted from.
+        logits: of the tuned teacher.
+    """
 
     setup: Setup
     teacher: BertForMaskedLM
+    checkpoint: BertForMaskedLM
     logits: TeacherLogits
 
 
@@ -127,13 +139,15 @@ def prepare(config: DistillConfig, *, adaptation_steps: int) -> Ground:
     setup = resolve(config)
     everything = dataclasses.replace(setup.data, teacher_train=setup.data.student_train)
     teacher = distilbert.language_teacher(dataclasses.replace(setup, data=everything), steps=adaptation_steps)
-    return Ground(setup, teacher, load_teacher_logits(setup, "student_train"))
+    checkpoint = distilbert.load_language_model(config.teacher_source)[0].to(setup.device)
+    return Ground(setup, teacher, checkpoint, load_teacher_logits(setup, "student_train"))
 
 
 def train_language(route: Route, ground: Ground, rate: float, *, seed: int, steps: int) -> BertForMaskedLM:
     """A student of a route before its task."""
     setup = ground.setup
-    student = distilbert.language_student(ground.teacher, random_start=route.random_start, seed=seed)
+    source = ground.teacher if route.adapted else ground.checkpoint
+    student = distilbert.language_student(source, random_start=route.random_start, seed=seed)
     if route.weights is None:
         return student.eval()
     texts = tokenize(setup.data.student_train, setup.tokenizers.teacher, setup.config.max_length)
@@ -299,7 +313,7 @@ def study() -> dict[str, Any]:
     ground = prepare(CONFIG, adaptation_steps=ADAPTATION_STEPS)
     setup = ground.setup
     teachers = {
-        "not adapted": distilbert.load_language_model(CONFIG.teacher_source)[0].to(setup.device),
+        "not adapted": ground.checkpoint,
         "head only": distilbert.language_teacher(setup, head_only=True),
         "600 steps": distilbert.language_teacher(setup),
         "all texts, 3,000 steps": ground.teacher,

@@ -139,6 +139,9 @@ def test_without_language_training_a_student_is_its_start(ground):
     assert weights_digest(found) == weights_digest(plain)
     trained = train_language(ARMS["language"].recipe, ground, 1e-3, seed=3, steps=2)
     assert weights_digest(trained) != weights_digest(plain)
+    packaged = train_language(ARMS["packaged"].recipe, ground, 1e-3, seed=3, steps=2)
+    assert weights_digest(packaged) == weights_digest(method.language_student(ground.checkpoint, seed=3))
+    assert weights_digest(packaged) != weights_digest(plain)
 
 
 # Learning rates
@@ -193,7 +196,7 @@ def test_everything_that_decides_a_run_is_in_its_provenance(ground, config):
     assert stored["study"] == "distilbert"
     assert stored["arm"] == {
         "title": "Without the soft loss",
-        "recipe": {"weights": [0, 2.0, 1.0], "random_start": False, "times": 1.0, "tasks": [FEW]},
+        "recipe": {"weights": [0, 2.0, 1.0], "random_start": False, "adapted": True, "times": 1.0, "tasks": [FEW]},
     }
     assert stored["seed"] == 2
     choices = stored["choices"]
