@@ -36,7 +36,7 @@ ONNXRUNTIME_WEB = NpmPackage(
     ("dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm"),
 )
 # The student of the comparison's best arm, and the same student without a teacher.
-DISTILLED = DistillConfig(transfer_size=21_949, max_steps=1000, epochs=3)
+DISTILLED = DistillConfig(transfer_size=21_631, max_steps=1000, epochs=3)
 BASELINE = DistillConfig(max_steps=1000, epochs=3, alpha=0.0)
 EXAMPLES = (
     "What a lovely morning, I feel great!",
