@@ -293,6 +293,29 @@ def _digits(rest: str) -> str:
 OTHERS["digits"] = _digits
 
 
+def _tried(rest: str) -> str:
+    """A difference in accuracy on validation in chapter 15's study, at a setting that both arms have tried.
+
+    Args:
+        rest: `ARM - OTHER ARM, SETTING`; with `, interval` its 95% interval.
+    """
+    arms, setting, *interval = (part.strip() for part in rest.split(","))
+
+    def values(arm: str) -> np.ndarray:
+        tried = _stored("survey")["arms"].get(arm, {"recipe": {"settings": []}})["recipe"]["settings"]
+        if float(setting) not in tried:
+            raise ValueError(f"the study survey has no arm {arm!r} that tried {setting}.")
+        runs = [run for run in _stored("survey")["runs"] if run["arm"] == arm]
+        return np.array([run["tried"][tried.index(float(setting))] for run in runs])
+
+    arm, _, other = (part.strip() for part in arms.partition(" - "))
+    difference = mean_interval(values(arm) - values(other))
+    return _as_written(difference, share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["tried"] = _tried
+
+
 def _costs(rest: str) -> str:
     """How many times as much one model has of something as another, in the comparison: `student / teacher, KEY`.
 

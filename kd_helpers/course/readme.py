@@ -249,9 +249,9 @@ def verdicts() -> str:
             f"interval from {ignorant['low']:.0%} to {ignorant['high']:.0%}. Of the {finished['verdicts']:.0f} in "
             "which every student was finished, "
             f"{finished['pays']:.0f} did ({finished['low']:.0%} to {finished['high']:.0%}).",
-            f"- *The course's teacher*, on its tweets and {case.labels:,} labels. {tuned['pays']:.0f} of "
-            f"{tuned['verdicts']:.0f} verdicts said *pays*: {tuned['share']:.0%}, with a 95% interval from "
-            f"{tuned['low']:.0%} to {tuned['high']:.0%}.",
+            f"- *The course's teacher*, which learned {verdict_study.TEACHER_LABELS:,} labels of its tweets, the "
+            f"student's {case.labels:,} among them. {tuned['pays']:.0f} of {tuned['verdicts']:.0f} verdicts said "
+            f"*pays*: {tuned['share']:.0%}, with a 95% interval from {tuned['low']:.0%} to {tuned['high']:.0%}.",
             "",
             origin(stored),
         ]

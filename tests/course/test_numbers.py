@@ -71,6 +71,18 @@ def test_a_gain_over_texts():
     assert number("texts: tuned_teacher - baseline, interval") == interval
 
 
+def test_a_setting_that_two_arms_have_tried():
+    runs = pd.DataFrame(stored_study("survey")["runs"]).set_index(["arm", "seed"])["tried"].sort_index()
+    first, last = (np.array([tried[at] for tried in runs[arm]]) for arm, at in (("response", 0), ("more_pictures", 2)))
+    mean, interval = written(first - last)
+    assert number("tried: response - more_pictures, 4") == f"{mean} points"
+    assert number("tried: response - more_pictures, 4, interval") == interval
+    with pytest.raises(ValueError, match=r"no arm 'response' that tried 1\."):
+        number("tried: response - more_pictures, 1")
+    with pytest.raises(ValueError, match=r"no arm 'nobody' that tried 4\."):
+        number("tried: nobody - more_pictures, 4")
+
+
 def test_a_study_within_a_study():
     stored = stored_study("language_models")
     runs = pd.DataFrame(stored["sizes"]["runs"])
