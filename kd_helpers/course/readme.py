@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -104,9 +105,10 @@ def readme_results() -> str:
         f"labels adds {gain('own_labels')}, and the student without a teacher is {gain('best_epoch')} better if it "
         "stops after its best epoch (chosen on validation). The teacher's most probable classes, without their "
         f"probabilities, add {gain('hard_labels')}. Labels that are softened without a teacher (label smoothing) add "
-        f"{gain('label_smoothing')}, a teacher that was not fine-tuned adds {gain('untuned_teacher')}, and four times "
-        f"as many labels add {gain('more_labels')}. All students have the same first weights and are trained for the "
-        "same number of steps. [All results](docs/results.md)."
+        f"{gain('label_smoothing')} ({gain('label_smoothing', 'interval')}), a teacher that was not fine-tuned adds "
+        f"{gain('untuned_teacher')} ({gain('untuned_teacher', 'interval')}), and four times "
+        f"as many labels add {gain('more_labels')}. In each of the {len(stored['seeds'])} repetitions, all students "
+        "have the same first weights and are trained for the same number of steps. [All results](docs/results.md)."
     )
 
 
@@ -266,6 +268,19 @@ SETTING_KINDS = {
 }
 
 
+def _over_labels(stored: Mapping[str, Any]) -> pd.DataFrame:
+    """The accuracy of distilled students minus that of students with labels only, in the same number of steps."""
+    rows = []
+    for kind in (DISTILLED, TRANSFER):
+        for change, steps in ((settings.CENTRE, "500 steps"), ("1,000 steps", "1,000 steps")):
+            row = {"": f"{SETTING_KINDS[kind]}, {steps}"}
+            for texts in settings.TEXTS:
+                found = settings.gain(stored, texts, kind, change, (BASELINE, change))
+                row[texts] = f"{points(found.gain)} ({points(found.low)} to {points(found.high)})"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def settings_tables() -> str:
     """What each setting brings on each set of texts, from the stored study."""
     stored = settings.stored_settings()
@@ -277,6 +292,7 @@ def settings_tables() -> str:
             for name, (_, labelled, others, held_out) in stored["choices"]["sizes"].items()
         )
     ]
+    parts += ["**Over labels only**", conformance.as_markdown(_over_labels(stored))]
     for kind, said in SETTING_KINDS.items():
         table = settings.changes_table(stored, kind)
         rows = []
