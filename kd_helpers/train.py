@@ -134,7 +134,7 @@ class CourseArguments(TrainingArguments):
     """
 
     output_dir: str = dataclasses.field(
-        default="artifacts/trainer", metadata={"help": "checkpoints, the student and its metrics"}
+        default="", metadata={"help": "checkpoints, the student and its metrics; empty: trainer/ in artifacts/"}
     )
     learning_rate: float = dataclasses.field(default=1e-4, metadata={"help": "peak learning rate of the student"})
     weight_decay: float = dataclasses.field(default=0.01, metadata={"help": "AdamW's decoupled decay"})
@@ -150,6 +150,7 @@ class CourseArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.output_dir = self.output_dir or str(artifacts.artifacts_dir() / "trainer")
         for name, (allowed, holds) in NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, (int, float)) and not (math.isfinite(value) and holds(value)):

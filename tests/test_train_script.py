@@ -134,6 +134,12 @@ def test_a_request_that_makes_no_sense_is_refused_in_one_sentence(folder, capsys
     assert tiny_bert().num_labels == 3, "what was refused is not in the way of other models"
 
 
+def test_where_results_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_ARTIFACTS", str(tmp_path / "elsewhere"))
+    assert train.CourseArguments(use_cpu=True).output_dir == str(tmp_path / "elsewhere" / "trainer")
+    assert train.CourseArguments(output_dir="out", use_cpu=True).output_dir == "out"
+
+
 def test_an_argument_file_beside_the_script_is_not_read(folder, monkeypatch, capsys):
     """`HfArgumentParser` would take the options in a file that happens to stand there."""
     (folder / "train.args").write_text("--alpha 7")
