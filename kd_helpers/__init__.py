@@ -6,7 +6,8 @@ Its top level is the library: what a practitioner imports. Modules follow the fi
 |---|---|
 | `config` | 00: every choice that makes up a run |
 | `data`, `own_data`, `hub` | 01: tweets or your own texts, splits, batches |
-| `models`, `teacher` | 02: teacher and student; the teacher's fine-tuning and its cached logits |
+| `models`, `pretrained`, `adapters` | 02: teacher and student |
+| `teacher` | 02: the teacher's fine-tuning and its cached logits |
 | `losses` | 03: the distillation loss |
 | `optim` | 04: optimiser and learning rate |
 | `loop`, `lean`, `checkpoints`, `metrics`, `runs` | 05: the training loop, and a whole run |

@@ -1,9 +1,10 @@
 """Chapter 05: resuming a run that was interrupted.
 
-A checkpoint holds everything that the next step depends on: the weights that are trained, the state of optimiser and
-scheduler, the random state, and how far the run has come. On a CPU, a run that is resumed from a checkpoint ends in the
-same weights, bit by bit, as one that was never interrupted. What is not trained but long, as a teacher's pass over many
-texts, is made part by part (`build_parts`).
+A checkpoint holds everything that the next step depends on: the weights that are trained and the buffers, the state of
+optimiser and scheduler, torch's random state, and how far the run has come. On a CPU, a run that is resumed from a
+checkpoint ends in the same weights, bit by bit, as one that was never interrupted. (A loss or batches that draw from
+NumPy's or Python's generators are not among them.) What is not trained but long, as a teacher's pass over many texts,
+is made part by part (`build_parts`).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def save_checkpoint(
         OSError: it can't be written; earlier checkpoints still stand.
     """
     state = optimizer.state_dict()
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in _trained(model)}
+    tensors = {f"model.{name}": kept.detach() for name, kept in _kept(model)}
     for index, values in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
     tensors |= {f"random.{name}": value for name, value in _random_state(model).items()}
@@ -135,8 +136,8 @@ def load_checkpoint(
     # Read into memory: what is mapped from a file changes with it.
     tensors = safetensors.torch.load((newest / "state.safetensors").read_bytes())
     with torch.no_grad():
-        for name, parameter in _trained(model):
-            parameter.copy_(tensors[f"model.{name}"])
+        for name, kept in _kept(model):
+            kept.copy_(tensors[f"model.{name}"])
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
@@ -165,9 +166,14 @@ def _found(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that are trained. Frozen ones are the same in every run, so they need not be kept."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+def _kept(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What training changes: parameters with a gradient, and buffers, such as the running means of a BatchNorm.
+
+    Frozen parameters are the same in every run. So are buffers that the model leaves out of its state dict.
+    """
+    in_state = model.state_dict().keys()
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in in_state)
 
 
 def _random_state(model: nn.Module) -> dict[str, torch.Tensor]:

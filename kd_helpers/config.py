@@ -31,7 +31,7 @@ class Preset:
         teacher: packaged model, hub name or folder of the pre-trained teacher.
         student: the same for the student; None means a copy of some of the teacher's own layers.
         student_layers: the teacher layers that are copied (0 is the lowest) when `student` is None.
-        data: packaged corpus, or `dataset/subset` on the hub.
+        data: packaged corpus, or a dataset `owner/name` on the hub.
         teacher_learning_rate: peak learning rate at which this teacher is fine-tuned.
         needs: what a reader must have, in words.
     """
@@ -256,6 +256,7 @@ def require_whole(name: str, value: Any, *, minimum: int, maximum: int | None = 
 
 def _require_number(name: str, value: Any, allowed: str, holds: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; give a number {allowed}.")
+        kind = ", as an int or a float" if hasattr(value, "item") else ""  # NumPy's and torch's are neither
+        raise TypeError(f"{name} is {value!r}; give a number {allowed}{kind}.")
     if abs(value) > sys.float_info.max or math.isnan(value) or not holds(value):
         raise ValueError(f"{name} is {value}; give a finite number {allowed}.")

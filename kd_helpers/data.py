@@ -43,6 +43,8 @@ _NO_WORD = re.compile(r"[\W_]+")
 class DataSplits:
     """The texts of a run; every dataset has the columns `id` (int64), `text` and `label` (int64).
 
+    An id is made of its text (`text_id`), so that a text has the same in every split.
+
     Attributes:
         train: the labelled texts the student sees.
         transfer: further texts whose labels are hidden (−100).
@@ -343,12 +345,12 @@ def dataset_digest(dataset: datasets.Dataset) -> str:
 
 
 def require_disjoint(data: DataSplits) -> None:
-    """Refuse splits of which two hold the same text.
+    """Refuse a held-out split that shares a text, by its id, with another split.
 
     A test text that is also in validation has influenced the choices; one that is also in train may be memorised.
 
     Raises:
-        ValueError: two splits share texts.
+        ValueError: it does.
     """
     ids = {
         split: set(getattr(data, split)["id"][:])
@@ -512,7 +514,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Args:
         lengths: tokens of each example.
-        batch_size: examples in a batch; the last one may be smaller.
+        batch_size: examples in a batch; one of an epoch's, anywhere in it, may be smaller.
         seed: of the order.
         pool_batches: more means less padding but batches that differ more from each other in length.
     """

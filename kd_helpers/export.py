@@ -55,7 +55,7 @@ Quality = dict[str, dict[str, float]]  # of each way to serve a model, its measu
 # What onnxruntime does to a graph that makes it slower: layers of normalisation fused with the sum before them took a
 # quarter more time in all than the two alone (1.32 on an AMD EPYC).
 SLOWER = ["SkipLayerNormFusion"]
-TOLERANCE = 1e-4  # by which a logit may differ from torch's, absolutely, and relatively where it is larger than 1
+TOLERANCE = 1e-4  # a logit may differ from torch's z by so much times 1 + |z|
 LONGEST = 512  # tokens that are kept of a text when nothing says how many
 _WORDS = "What a good day, isn't it? My 2 friends love the new phone, but I do not @user http #1"
 _PROBES = tuple(" ".join((_WORDS.split() * 40)[:count]) for count in (1, 2, 5, 11, 19, 40, 150, 600))
@@ -238,7 +238,7 @@ def write_onnx(
     if not all(map(_is_close, found, expected)):
         raise ValueError(
             f"the exported {kind} computes other logits than the model: they differ by up to {worst:.2g}, and "
-            f"{TOLERANCE:g} is allowed; serve it with torch."
+            f"{TOLERANCE:g} · (1 + |logit|) is allowed; serve it with torch."
         )
     if int8:
         _quantise(folder / FLOAT32, folder / INT8)
@@ -276,7 +276,7 @@ def _export(model: PreTrainedModel, batch: Batch, path: Path) -> None:
 
 
 def _quantise(source: Path, target: Path) -> None:
-    """Round every weight to one of 256 values; activations are rounded when a batch comes, by its own range."""
+    """Round weights to 255 values, embeddings to 256; activations are rounded when a batch comes, by its own range."""
     with _quiet():
         quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
 

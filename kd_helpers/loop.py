@@ -263,13 +263,18 @@ def fit(
         `losses` (of each step by name, with `gradient_norm`) and `validation` (what `validate` returned).
 
     Raises:
-        ValueError: there are too few batches.
+        ValueError: there are too few batches, or the loader is another one.
         DivergedError: a loss or a gradient is not finite; the last good checkpoint is named.
         MemoryError: a step needs more memory than there is; a batch size to try is named.
     """
     require_whole("steps", steps, minimum=1)
     if isinstance(batches, Sequence) and len(batches) < steps:
         raise ValueError(f"{steps} steps need as many batches, there are {len(batches)}; give more, or a loader.")
+    if isinstance(batches, DataLoader) and not hasattr(batches.batch_sampler, "set_epoch"):
+        raise ValueError(
+            "the loader's order does not follow from the epoch, so a run that is resumed would see other batches; "
+            "make it with data.training_batches, or give a list of batches."
+        )
     together = modules if isinstance(modules, nn.Module) else nn.ModuleList(modules)
     per_epoch = len(batches) if isinstance(batches, DataLoader) else steps
     with contextlib.ExitStack() as lean_context:

@@ -47,10 +47,11 @@ def soft_targets(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def soft_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`T² · KL(p_T ‖ q_S)`, mean over the N examples, in nats; logits `[N, C]`, result a scalar.
+    """`T² · KL(p_T ‖ q_S)`, mean over the N examples, in nats; logits `[N, C]`, result a scalar; 0 where N is 0.
 
     The factor T² keeps the size of the gradient while T changes: it shrinks like 1/T² without it
-    (1503.02531, section 2). No gradient reaches `teacher_logits`.
+    (1503.02531, section 2). No gradient reaches `teacher_logits`. From T of about 1,000 on the value has few right
+    digits, since T² multiplies the rounding of the logarithms in float32; the gradient has more.
 
     Raises:
         ValueError: the logits are not `[N, C]`, the shapes differ, or T is not a finite number above 0.
@@ -67,8 +68,8 @@ def soft_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temper
             )
     log_p = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    # batchmean, not mean: mean would divide by N · C and so weaken the soft loss C times.
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    # Divided by N, not by N · C as reduction="mean" would: that weakens the soft loss C times.
+    return temperature**2 * (F.kl_div(log_q, log_p, reduction="sum", log_target=True) / max(1, len(log_q)))
 
 
 def hard_loss(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,7 @@ def hard_loss(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
         )
     _require_labels_in_range(labels, classes=student_logits.shape[-1])
     labelled = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    summed = F.cross_entropy(student_logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    summed = F.cross_entropy(student_logits.float(), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
     return summed / labelled
 
 
@@ -207,7 +208,7 @@ def token_hard_loss(student_logits: TokenLogits, labels: torch.Tensor, *, chunk:
     Args:
         student_logits: `[B, L, V]`, at each position those for its own label (see `language_models.next_tokens`).
         labels: token ids `[B, L]`, −100 where a position does not count.
-        chunk: tokens that are looked at together; None takes as many as have `CHUNK_VALUES` logits.
+        chunk: tokens that are looked at together, at least one of each text; None: see `CHUNK_VALUES`.
 
     Raises:
         ValueError: the shapes do not fit, or a label is neither −100 nor in 0 … V − 1.
@@ -216,7 +217,7 @@ def token_hard_loss(student_logits: TokenLogits, labels: torch.Tensor, *, chunk:
     _require_labels_in_range(labels, classes=vocabulary)
 
     def cross_entropy(student: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(student, chosen, reduction="sum")
+        return F.cross_entropy(student, chosen.long(), reduction="sum")
 
     return _mean_over_tokens(
         cross_entropy, labels != IGNORE_INDEX, student_logits, labels, vocabulary=vocabulary, chunk=chunk
@@ -252,7 +253,7 @@ def token_soft_loss(
         mask: `[B, L]`, 1 or True for the tokens that count.
         temperature: T > 0.
         beta: from 0 to 1.
-        chunk: tokens that are looked at together; None takes as many as have `CHUNK_VALUES` logits.
+        chunk: tokens that are looked at together, at least one of each text; None: see `CHUNK_VALUES`.
 
     Raises:
         ValueError: shapes or vocabularies do not fit, T is not a finite number above 0, or beta lies outside [0, 1].
@@ -313,7 +314,7 @@ def token_soft_loss_top_k(
         mask: `[B, L]`, 1 or True for the tokens that count.
         temperature: T > 0, the one of `log_total`.
         tail: keep the missing probability as one more outcome; otherwise `log_total` is not used.
-        chunk: tokens that are looked at together; None takes as many as have `CHUNK_VALUES` logits.
+        chunk: tokens that are looked at together, at least one of each text; None: see `CHUNK_VALUES`.
 
     Raises:
         ValueError: the shapes do not fit, or T is not a finite number above 0.
@@ -382,8 +383,7 @@ def _mean_over_tokens(
         student_logits: `[B, L, V]`, or states and head; the gradient reaches nothing else.
         others: `[B, L, …]`.
         vocabulary: V.
-        chunk: tokens in one call of `summed`, but at least one of each text; None takes as many as have
-            `CHUNK_VALUES` logits.
+        chunk: tokens in one call of `summed`, but at least one of each text; None: see `CHUNK_VALUES`.
     """
     rows = _rows(student_logits)
     weight = student_logits.weight if isinstance(student_logits, StatesAndHead) else None

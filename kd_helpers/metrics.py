@@ -61,10 +61,9 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
         `ece`, the expected calibration error in [0, 1].
 
     Raises:
-        ValueError: a text has no label.
+        ValueError: there are no texts, or one has no label.
     """
-    if bool((labels == IGNORE_INDEX).any()):
-        raise ValueError("some texts have no label, so they can't be scored; leave them out.")
+    _require_labels(labels)
     from sklearn.metrics import accuracy_score, f1_score, recall_score  # here: a first step need not wait for it
 
     predicted = logits.argmax(dim=-1)
@@ -78,13 +77,24 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
     }
 
 
+def _require_labels(labels: torch.Tensor) -> None:
+    if len(labels) == 0:
+        raise ValueError("there are no texts to score; give at least one.")
+    if bool((labels == IGNORE_INDEX).any()):
+        raise ValueError("some texts have no label, so they can't be scored; leave them out.")
+
+
 def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> dict[str, np.ndarray]:
     """Confidence against accuracy in bins of equal width (Guo et al. 2017, arXiv 1706.04599).
 
     Returns:
         `share` of the texts, mean `confidence` and `accuracy` of each bin, each `[bins]`. An empty bin has share 0 and
         NaN for the other two.
+
+    Raises:
+        ValueError: there are no texts, or one has no label.
     """
+    _require_labels(labels)
     confidence, predicted = F.softmax(logits.float(), dim=-1).max(dim=-1)
     correct = (predicted == labels).float()
     index = (confidence * bins).long().clamp(max=bins - 1)
@@ -97,7 +107,11 @@ def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> d
 
 
 def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over the bins, weighted by their share (1706.04599)."""
+    """Mean gap between confidence and accuracy over the bins, weighted by their share (1706.04599).
+
+    Raises:
+        ValueError: there are no texts, or one has no label.
+    """
     curve = reliability(logits, labels, bins)
     return float(np.nansum(curve["share"] * np.abs(curve["confidence"] - curve["accuracy"])))
 
@@ -115,8 +129,8 @@ def fidelity(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict
     """
     agreement = (student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).float().mean()
     divergence = F.kl_div(
-        F.log_softmax(student_logits, dim=-1),
-        F.log_softmax(teacher_logits, dim=-1),
+        F.log_softmax(student_logits.float(), dim=-1),
+        F.log_softmax(teacher_logits.float(), dim=-1),
         reduction="batchmean",
         log_target=True,
     )

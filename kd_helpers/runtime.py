@@ -115,7 +115,7 @@ def processor(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Run matrix products in `precision`; float32 leaves everything as it is."""
+    """Run matrix products in `precision`; float32 switches autocast off, also one around it."""
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 

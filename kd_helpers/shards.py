@@ -127,7 +127,7 @@ def _class_number(label: Any, classes: int) -> int:
     """
     if label is None or (isinstance(label, float) and math.isnan(label)) or label in (-1, IGNORE_INDEX):
         return IGNORE_INDEX
-    if not isinstance(label, (int, float)) or label != int(label) or not 0 <= label < classes:
+    if not isinstance(label, (int, float)) or not 0 <= label < classes or label != int(label):
         raise ValueError(
             f"the column 'label' holds {label!r}; give numbers from 0 to {classes - 1} in the order of the teacher's "
             f"classes, and {IGNORE_INDEX}, −1 or nothing where there is no label."

@@ -264,18 +264,20 @@ def load_teacher_logits(setup: Setup, split: str, *, checkpoint_steps: int = 0) 
 
 
 def warn_if_teacher_at_chance(teacher_logits: TeacherLogits, labelled: datasets.Dataset) -> None:
-    """Warn when the teacher is no better than a rule that always predicts the commonest class.
+    """Warn when the teacher is not shown to be better than a rule that always predicts the commonest class.
 
-    Such a teacher was never trained for these classes, or has them in another order. The check uses the texts that have
-    a label: a one-sided binomial test at a level of 1%.
+    A teacher that is no better was never trained for these classes, or has them in another order. The check is a
+    one-sided binomial test at a level of 1%. Without labelled texts there is none.
     """
+    if len(labelled) == 0:
+        return
     labels = torch.tensor(labelled["label"][:])
     right = int((teacher_logits.lookup(torch.tensor(labelled["id"][:])).argmax(dim=-1) == labels).sum())
     commonest = int(torch.bincount(labels).max())
     if bdtrc(right - 1, len(labels), commonest / len(labels)) > 0.01:  # the probability of so many or more
         warnings.warn(
-            f"the teacher is at chance level: it is right for {right:,} of {len(labels):,} labelled texts, and always "
-            f"predicting the commonest class would be right for {commonest:,}. Its student would learn noise; "
-            "fine-tune the teacher (teacher_epochs), or check the order of its classes.",
+            f"the teacher is not shown to be above chance level: it is right for {right:,} of {len(labels):,} labelled "
+            f"texts, and always predicting the commonest class would be right for {commonest:,}. If it knows no more, "
+            "its student learns noise; fine-tune the teacher (teacher_epochs), or check the order of its classes.",
             stacklevel=2,
         )

@@ -31,7 +31,7 @@ from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.resolve import resolve
 from kd_helpers.runs import distill, find_run, load_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:the teacher is at chance level")  # these are too small to learn
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher is not shown")  # these are too small to learn
 
 
 @pytest.fixture(scope="module")

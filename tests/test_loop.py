@@ -13,6 +13,7 @@ import torch
 from support.models import tiny_bert
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM
 
 from kd_helpers import checkpoints
@@ -312,6 +313,13 @@ def test_a_gradient_that_is_not_finite_is_a_divergence_though_the_losses_are(tmp
     assert differing(before, weights_of(student)) == [], "the weights are those of the step before"
 
 
+def test_a_loader_whose_order_does_not_follow_from_the_epoch_is_refused():
+    student, projection = student_and_projection()
+    loader = DataLoader([{"x": torch.zeros(4)}] * 8, batch_size=4, shuffle=True)
+    with pytest.raises(ValueError, match=r"make it with data\.training_batches, or give a list of batches\.$"):
+        fitted([student, projection], loader, hint_loss(student, projection), steps=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "had"), [(list, "there are 5"), (iter, "the stream had 5")], ids=["list", "generator"]
 )
@@ -405,6 +413,14 @@ def of_a_list(tokenized, tokenizer) -> Task:
     return Task([student, projection], lines(STEPS), lambda batch: seen.append(batch["x"].clone()) or loss(batch), seen)
 
 
+def of_running_means(tokenized, tokenizer) -> Task:
+    """A BatchNorm counts its batches, and keeps means that are no parameters."""
+    student, projection = student_and_projection()
+    student.insert(1, nn.BatchNorm1d(6))
+    loss, seen = hint_loss(student, projection), []
+    return Task([student, projection], lines(STEPS), lambda batch: seen.append(batch["x"].clone()) or loss(batch), seen)
+
+
 def of_a_loader(tokenized, tokenizer) -> Task:
     student, seen = tiny_bert(1, dropout=0.2), []
     loss = classifier_loss(student, temperature=1.0, alpha=0.0)
@@ -434,7 +450,7 @@ def of_masked_texts(tokenized, tokenizer) -> Task:
 
 @pytest.mark.parametrize("checkpoint_steps", [0, 3])
 @pytest.mark.parametrize("crash", [2, 7, 8, 13, STEPS])
-@pytest.mark.parametrize("make", [of_a_list, of_a_loader, of_masked_texts])
+@pytest.mark.parametrize("make", [of_a_list, of_running_means, of_a_loader, of_masked_texts])
 def test_training_goes_on_bit_by_bit(tmp_path, tokenized, tokenizer, make, crash, checkpoint_steps):
     """Eight batches are an epoch of the loaders, and all of a list are one."""
 
@@ -457,7 +473,7 @@ def test_training_goes_on_bit_by_bit(tmp_path, tokenized, tokenizer, make, crash
     assert progress.history == expected.history
     assert len(again.seen) == STEPS - kept, "only what is left is done"
     assert all(torch.equal(*pair) for pair in zip(again.seen, whole.seen[kept:], strict=True))
-    per_epoch = STEPS if make is of_a_list else 8
+    per_epoch = 8 if make in (of_a_loader, of_masked_texts) else STEPS
     before = crash - 1  # its own checkpoint was not written
     every = before // checkpoint_steps * checkpoint_steps if checkpoint_steps else 0
     assert kept == max(before // per_epoch * per_epoch, every)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -112,6 +113,27 @@ def test_unlabelled_batch_has_zero_hard_loss_and_zero_gradient():
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+def test_an_empty_batch_has_no_loss():
+    student = torch.empty(0, 3, requires_grad=True)
+    losses = distillation_loss(
+        student, torch.empty(0, 3), torch.empty(0, dtype=torch.int64), temperature=2.0, alpha=0.5
+    )
+    assert [part.item() for part in losses] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_labels_are_whole_numbers_of_any_size(dtype):
+    student, _, labels = logits_and_labels()
+    assert hard_loss(student, labels.to(dtype)) == hard_loss(student, labels)
+
+
+def test_a_number_of_numpy_or_torch_is_refused_with_its_way_out():
+    student, teacher, _ = logits_and_labels()
+    for temperature in (np.int64(2), torch.tensor(2.0)):
+        with pytest.raises(TypeError, match="give a number greater than 0, as an int or a float"):
+            soft_loss(student, teacher, temperature)
 
 
 def test_no_gradient_reaches_the_teacher():

@@ -9,7 +9,14 @@ from torch.testing import assert_close
 
 from kd_helpers.data import evaluation_batches, training_batches
 from kd_helpers.losses import soft_targets
-from kd_helpers.metrics import classification_metrics, evaluate, expected_calibration_error, predict, reliability
+from kd_helpers.metrics import (
+    classification_metrics,
+    evaluate,
+    expected_calibration_error,
+    fidelity,
+    predict,
+    reliability,
+)
 
 
 def test_predictions_are_sorted_by_id_and_the_mode_is_kept(tokenized, tokenizer):
@@ -40,6 +47,21 @@ def test_calibration_error_by_hand():
     curve = reliability(logits, labels, bins=10)
     assert curve["share"].sum() == pytest.approx(1.0)
     assert np.isnan(curve["accuracy"][0])
+
+
+@pytest.mark.parametrize("measure", [classification_metrics, reliability, expected_calibration_error])
+def test_only_texts_with_labels_are_scored(measure):
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="some texts have no label"):
+        measure(logits, torch.tensor([0, -100, 1, 2]))
+    with pytest.raises(ValueError, match="there are no texts to score"):
+        measure(logits[:0], torch.tensor([], dtype=torch.int64))
+
+
+def test_fidelity_is_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(50, 3, generator=generator).bfloat16() for _ in range(2))
+    assert fidelity(student, teacher) == fidelity(student.float(), teacher.float())
 
 
 def test_evaluate_measures_what_predict_says(tokenized, tokenizer):

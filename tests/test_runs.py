@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import warnings
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from tqdm.auto import tqdm
@@ -13,9 +16,9 @@ from kd_helpers.config import DistillConfig
 from kd_helpers.models import load_saved
 from kd_helpers.resolve import resolve
 from kd_helpers.runs import distill
-from kd_helpers.teacher import TeacherLogits, fine_tuned_teacher
+from kd_helpers.teacher import TeacherLogits, fine_tuned_teacher, load_teacher_logits, warn_if_teacher_at_chance
 
-pytestmark = pytest.mark.filterwarnings("ignore:the teacher is at chance level")  # it is not tuned
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher is not shown")  # it is not tuned
 
 SHORT = DistillConfig(
     train_size=64,
@@ -36,6 +39,32 @@ def test_same_seed_same_weights_other_seed_other_weights(own_artifacts, small_da
     assert not torch.equal(weights[0], weights[2])
     assert runs[0].metrics["test"] == runs[1].metrics["test"]
     assert runs[0].history == runs[1].history
+
+
+def test_training_texts_need_no_labels(own_artifacts, small_data):
+    """As in a file without labels, with others for the held-out splits: the teacher provides all targets."""
+    hidden = small_data.train.remove_columns("label").add_column("label", [-100] * len(small_data.train))
+    bare = dataclasses.replace(
+        small_data, train=small_data.train.select([]), teacher_train=small_data.train.select([]), transfer=hidden
+    )
+    config = SHORT.replace(alpha=1.0)
+    run = distill(config, data=bare)
+    assert run.metrics["steps"] == 3
+    assert 0 < run.metrics["test"]["accuracy"] < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_teacher_at_chance(load_teacher_logits(resolve(config, bare), "student_train"), bare.train)
+
+
+def test_a_teacher_is_at_chance_unless_it_is_shown_not_to_be():
+    ids, labels = torch.arange(20), [0, 1] * 10
+    texts = datasets.Dataset.from_dict({"id": ids.tolist(), "label": labels})
+    for right, warned in ((15, True), (16, False)):
+        given = [label if number < right else 1 - label for number, label in enumerate(labels)]
+        logits = TeacherLogits(ids, 5.0 * torch.nn.functional.one_hot(torch.tensor(given), 2))
+        expected = pytest.warns(UserWarning, match=r"not shown to be above chance level: it is right for 15 of 20")
+        with expected if warned else contextlib.nullcontext():
+            warn_if_teacher_at_chance(logits, texts)
 
 
 def test_a_saved_run_is_whole_and_reloads_to_identical_logits(own_artifacts, small_data, tmp_path):

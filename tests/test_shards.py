@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,7 @@ def test_every_way_to_write_that_there_is_no_label_is_one(tmp_path, teacher, raw
         ({"label": [0, 3]}, "the column 'label' holds 3; give numbers from 0 to 2"),
         ({"label": [0, -2]}, "the column 'label' holds -2; give numbers from 0 to 2"),
         ({"label": [0.5, 1.0]}, "the column 'label' holds 0.5; give numbers from 0 to 2"),
+        ({"label": [math.inf, 1.0]}, "the column 'label' holds inf; give numbers from 0 to 2"),
         ({"text": ["a", None]}, "the column 'text' holds None, which is no text; remove such rows, or fill them"),
         ({"text": [3, 4]}, "the column 'text' holds 3, which is no text"),
     ],

@@ -108,8 +108,9 @@ def candidate_words(
         One mapping a text, from a word's first and last character (exclusive) to the candidates.
 
     Raises:
-        ValueError: the language model is in train mode, or `count` is no whole number from 1 to the size of the
-            vocabulary.
+        ValueError: the language model is in train mode, or `count` lies outside 1 … the number of whole words in the
+            vocabulary minus 1.
+        TypeError: `count` is no whole number.
     """
     if language.training:
         raise ValueError("the language model is in train mode, so dropout changes its predictions; call .eval() first.")

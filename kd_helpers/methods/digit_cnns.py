@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 class DigitCNN(nn.Module):
-    """Three convolutions of 3 × 3; the first keeps the size of the picture, the others halve it."""
+    """A convolution of 3 × 3 for each number of channels; the first keeps the picture's size, the others halve it."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()

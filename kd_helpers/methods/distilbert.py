@@ -442,7 +442,8 @@ def language_student(
         raise ValueError(f"layers are {tuple(layers)}; the teacher has layers 0 to {depth - 1}, name at least one.")
     student = copy.deepcopy(teacher)
     student.config.num_hidden_layers = len(layers)
-    student.base_model.encoder.layer = nn.ModuleList(student.base_model.encoder.layer[layer] for layer in layers)
+    taken = teacher.base_model.encoder.layer
+    student.base_model.encoder.layer = nn.ModuleList(copy.deepcopy(taken[layer]) for layer in layers)
     student.requires_grad_(True)
     return random_like(student, seed=seed).to(teacher.device) if random_start else student
 

@@ -3,7 +3,8 @@
 From Sanh et al., "DistilBERT" (2019, arXiv 1910.01108) and Jiao et al., "TinyBERT" (2019, arXiv 1909.10351). Shapes:
 B texts, L tokens of each, H the teacher's width, h the student's, V the vocabulary. A `mask` `[B, L]` is 1 (or True)
 for the tokens that count; the values at other tokens, above all padding, have no effect. Every loss is a mean, computed
-in float32 whatever the dtype of its inputs, and sends no gradient to the teacher. Where no token counts it is 0.
+in float32 whatever the dtype of its inputs (a projection must be float32), and sends no gradient to the teacher. Where
+no token counts it is 0.
 """
 
 from __future__ import annotations
@@ -231,6 +232,8 @@ def layer_mapping(student_layers: int, teacher_layers: int, how: str = "uniform"
 
 def every_second_layer(teacher_layers: int) -> list[int]:
     """Half of a teacher's layers, evenly spread, the first and the last among them; counted from 0.
+
+    Of 2 or 3 layers it is the first alone.
 
     12 give 0, 2, 4, 7, 9, 11, which is what DistilBERT's authors copied; 6 give 0, 2, 5, the course's student.
 

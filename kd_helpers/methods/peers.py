@@ -73,7 +73,8 @@ def own_teacher_loss(
 
     From Zhang et al., "Be Your Own Teacher" (2019, arXiv 1905.08094): the deepest exit learns the
     labels alone, each other one `(1 − α) · CE + α · T² · KL + λ · ‖difference of features‖²`. The defaults
-    are those of code in circulation, and need to be chosen anew. The squared distance is a mean over all elements here.
+    are put together from codes in circulation, and need to be chosen anew. The squared distance is a mean over all
+    elements here.
 
     Args:
         logits: `[N, C]` of each exit, the deepest one last.

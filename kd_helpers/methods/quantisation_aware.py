@@ -1,10 +1,10 @@
 """Chapter 08: a student that learns while its layers are rounded as onnxruntime will round them.
 
 From Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018,
-arXiv 1712.05877): on the way forward weights and activations take one of 256 values, on the way back the gradient
+arXiv 1712.05877): on the way forward weights and activations take few values, on the way back the gradient
 passes as if they had not been rounded (the straight-through estimator). The values are those of onnxruntime's dynamic
-quantisation: for each output of a layer its own steps from −max to max of its weights; for the input of a layer 256
-steps over the range of the batch; for an embedding table 256 steps over its range.
+quantisation: for each output of a layer 255 of its own from −max to max of its weights; for the input of a layer 256
+over the range of the batch; for an embedding table 256 over its range.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class RoundedWeights(nn.Module):
 
     def forward(self, weights: torch.Tensor) -> torch.Tensor:
         """The rounded weights; their gradient is that of the weights."""
-        largest = weights.detach().abs().amax(dim=1)
-        steps = largest.clamp(min=torch.finfo(weights.dtype).tiny) / 127
+        steps = weights.detach().abs().amax(dim=1) / 127
+        steps = steps.clamp(min=torch.finfo(weights.dtype).tiny)  # of a row of zeros; a smaller one has no inverse
         zeros = torch.zeros_like(steps, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weights, steps, zeros, 0, -127, 127)
 

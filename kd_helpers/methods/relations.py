@@ -160,7 +160,10 @@ def angle_loss(student_embeddings: torch.Tensor, teacher_embeddings: torch.Tenso
 
     def cosines(embeddings: torch.Tensor) -> torch.Tensor:
         rows = embeddings.float()
-        directions = F.normalize(rows[None, :] - rows[:, None], dim=2)  # [j, i, e]: from j to i
+        between = rows[None, :] - rows[:, None]  # [j, i, e]: from j to i
+        same = (between == 0).all(dim=2, keepdim=True)
+        # Two examples on one spot have no direction, and the gradient of one would be without bounds.
+        directions = F.normalize(between.masked_fill(same, 0), dim=2)
         with autocast(rows.device, torch.float32):
             return directions @ directions.transpose(1, 2)  # [j, i, k]
 

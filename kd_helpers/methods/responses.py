@@ -80,7 +80,8 @@ def correlation_loss(
     From Huang et al., "Knowledge Distillation from A Stronger Teacher" (DIST; 2022, arXiv 2205.10536), with T² as in
     the authors' code: the sum of the mean over examples (correlation over the classes) and the mean over classes
     (correlation over the batch's examples). It asks for the same order and proportions, not for the same probabilities.
-    It is 0 where they are equal, as long as no row or column is constant, and T² · 4 at most.
+    It is T² · 4 at most, and 0 where they are equal, unless a row or a column is constant, or nearly so: a class to
+    which every example gives less than about 1e-8 counts as not correlated.
 
     Args:
         student_logits: `[N, C]`.
@@ -149,7 +150,7 @@ def several_teachers_loss(
 def confidence_weights(teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """How much each teacher counts for each example: more where it is surer of the label.
 
-    From Zhang et al., "Confidence-Aware Multi-Teacher Knowledge Distillation" (2021, arXiv 2201.00007),:
+    From Zhang et al., "Confidence-Aware Multi-Teacher Knowledge Distillation" (2021, arXiv 2201.00007):
     `(1 − softmax over teachers of their cross-entropies) / (K − 1)`. The weights of an example sum to 1.
 
     Args:

@@ -1007,8 +1007,8 @@ def story_tokenizer(texts: Iterable[str] | None = None, *, vocabulary: int = VOC
         vocabulary: number of tokens, with those for padding, begin, end and characters that no text had.
 
     Returns:
-        A tokenizer whose tokens, decoded without special tokens, give the text back letter by letter. Cut off the last
-        token id of a text that a model shall continue.
+        A tokenizer whose tokens, decoded without special tokens, give the text back letter by letter, except characters
+        that no training text had: they are lost. Cut off the last token id of a text that a model shall continue.
     """
     require_whole("vocabulary", vocabulary, minimum=300)
     if texts is None:

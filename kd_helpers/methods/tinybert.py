@@ -131,7 +131,7 @@ def layer_losses(
     projections: Projections,
     parts: Collection[str] = PARTS,
 ) -> LayerLosses:
-    """Equations 7 to 9 of the paper and their sum over layers (equation 11 with weights of 1).
+    """Equations 7 to 9 of the paper and their sum over layers (equation 6 with weights of 1).
 
     Args:
         student: of the student.

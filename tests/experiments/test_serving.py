@@ -14,7 +14,7 @@ from kd_helpers.experiments.serving import WAYS, report, serving_table, serving_
 from kd_helpers.export import cached_export
 from kd_helpers.runs import distill
 
-pytestmark = pytest.mark.filterwarnings("ignore:the teacher is at chance level")
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher is not shown")
 TEXTS = [f"a good day number {index} " + "very " * (index % 7) for index in range(40)]
 
 

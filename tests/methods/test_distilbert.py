@@ -362,6 +362,13 @@ def test_a_student_of_all_layers_predicts_as_its_teacher(teacher, batch):
     torch.testing.assert_close(language_forward(copy, batch).logits, language_forward(teacher, batch).logits)
 
 
+def test_a_layer_that_is_named_twice_is_copied_twice(teacher):
+    layers = language_student(teacher, [0, 0, 1]).base_model.encoder.layer
+    assert len({id(parameter) for layer in layers for parameter in layer.parameters()}) == sum(
+        len(list(layer.parameters())) for layer in layers
+    )
+
+
 def test_a_random_start_has_the_shape_and_nothing_else(teacher):
     copied, drawn = (language_student(teacher, random_start=start) for start in (False, True))
     shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (copied, drawn)]

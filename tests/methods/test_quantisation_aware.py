@@ -24,6 +24,14 @@ def test_weights_take_255_values_a_row_and_0_is_one_of_them():
     assert rounded[1, 0] == pytest.approx(0.02)
 
 
+def test_weights_of_zero_can_learn():
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    with rounded_layers(layer):
+        layer(torch.tensor([[1.0, -2.0, 0.5]])).sum().backward()
+    assert_close(layer.weight.grad, torch.tensor([[1.0, -2.0, 0.5]] * 2), rtol=0.02, atol=0.02)
+
+
 def test_inputs_take_256_values_over_their_range():
     inputs = torch.tensor([[-1.0, 0.0, 0.3], [2.0, 1.7, 0.001]])
     step = 3.0 / 255

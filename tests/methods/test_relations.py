@@ -101,8 +101,10 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_a_finite_gradient(los
 @pytest.mark.parametrize("loss", [distance_loss, angle_loss, similarity_loss])
 def test_copies_in_a_batch_leave_the_gradient_finite(loss):
     student = GIVEN.student_embeddings[[0, 0, 1, 2]].clone().requires_grad_()
-    loss(student, GIVEN.teacher_embeddings[[0, 0, 1, 2]]).backward()
-    assert student.grad.isfinite().all()
+    for teacher in (GIVEN.teacher_embeddings[[0, 0, 1, 2]], GIVEN.teacher_embeddings[[0, 3, 1, 2]]):
+        student.grad = None
+        loss(student, teacher).backward()
+        assert student.grad.norm() < 100, "also where only the student puts them on one spot"
 
 
 @pytest.mark.parametrize("loss", [distance_loss, similarity_loss])
