@@ -94,9 +94,9 @@ def readme_results() -> str:
         return number(", ".join((f"comparison: {arm} - {comparison.BASELINE}, accuracy", *interval)))
 
     return (
-        f"The student has {config['train_size']:,} labelled tweets, its teacher {config['teacher_train_size']:,}, "
-        f"those of the student included. After {config['max_steps']:,} optimiser steps, the student of a fine-tuned "
-        "teacher is "
+        f"The student has {config['train_size']:,} labelled tweets. Its teacher has "
+        f"{config['teacher_train_size']:,}, which include those of the student. After {config['max_steps']:,} "
+        "optimiser steps, the student of a fine-tuned teacher is "
         f"**{gain('tuned_teacher')}** more accurate than the same student trained on the labels alone (95% interval "
         f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the student "
         f"also learns the teacher's outputs for {config['transfer_size']:,} other tweets without their labels, the "
