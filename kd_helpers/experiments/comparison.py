@@ -192,11 +192,6 @@ def stored_comparison() -> dict[str, Any]:
     return stored_study("comparison")
 
 
-def runs_table(comparison: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per run: arm, seed and every one of `METRICS`."""
-    return pd.DataFrame(comparison["runs"])[["arm", "seed", *METRICS, "seconds"]]
-
-
 def summary(comparison: Mapping[str, Any]) -> pd.DataFrame:
     """Mean of each measure over the seeds with half the width of its 95% interval.
 
