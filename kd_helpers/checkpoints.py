@@ -2,9 +2,9 @@
 
 A checkpoint holds everything that the next step depends on: the weights that are trained and the buffers, the state of
 optimiser and scheduler, torch's random state, and how far the run has come. On a CPU, a run that is resumed from a
-checkpoint ends in the same weights, bit by bit, as one that was never interrupted. (A loss or batches that draw from
-NumPy's or Python's generators are not among them.) What is not trained but long, as a teacher's pass over many texts,
-is made part by part (`build_parts`).
+checkpoint ends in the same weights, bit by bit, as one that was never interrupted, unless its loss or its batches draw
+from NumPy's or Python's generators, whose state is not kept. What is not trained but long, as a teacher's pass over
+many texts, is made part by part (`build_parts`).
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ def require_disjoint(data: DataSplits) -> None:
     A test text that is also in validation has influenced the choices; one that is also in train may be memorised.
 
     Raises:
-        ValueError: it does.
+        ValueError: there is such a text.
     """
     ids = {
         split: set(getattr(data, split)["id"][:])
@@ -514,7 +514,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Args:
         lengths: tokens of each example.
-        batch_size: examples in a batch; one of an epoch's, anywhere in it, may be smaller.
+        batch_size: examples in a batch; one batch of an epoch, at any place in it, may be smaller.
         seed: of the order.
         pool_batches: more means less padding but batches that differ more from each other in length.
     """

@@ -263,7 +263,7 @@ def fit(
         `losses` (of each step by name, with `gradient_norm`) and `validation` (what `validate` returned).
 
     Raises:
-        ValueError: there are too few batches, or the loader is another one.
+        ValueError: there are too few batches, or the order of the loader does not follow from the epoch.
         DivergedError: a loss or a gradient is not finite; the last good checkpoint is named.
         MemoryError: a step needs more memory than there is; a batch size to try is named.
     """
