@@ -219,7 +219,7 @@ def digest_in(site: Path, *modules: str) -> str:
 
 
 Edit = tuple[str, str, str]
-T_SQUARED: Edit = ("losses.py", "return temperature**2 * F.kl_div", "return 1000 * F.kl_div")
+T_SQUARED: Edit = ("losses.py", "return temperature**2 * (F.kl_div", "return 1000 * (F.kl_div")
 PLOT: Edit = ("course/plots.py", "_DOTS_PER_INCH = ", "_DOTS_PER_INCH = 1 + ")
 AN_IMPORT = ("import annotations\n", "import annotations\nimport textwrap\n")
 MATTERS: dict[str, Edit] = {
@@ -231,7 +231,7 @@ MATTERS: dict[str, Edit] = {
 DOES_NOT: dict[str, Edit] = {
     "a plot": PLOT,
     "a docstring": ("losses.py", "No gradient reaches `teacher_logits`.", "The teacher gets no gradient."),
-    "a comment": ("losses.py", "# batchmean, not mean:", "# Take batchmean, never mean:"),
+    "a comment": ("losses.py", "# Divided by N, not by N · C", "# The mean over N, not over N · C"),
     "an empty line": ("losses.py", "IGNORE_INDEX = -100", "\n\nIGNORE_INDEX = -100"),
     "another method": ("methods/tinybert.py", *AN_IMPORT),
     "a study": ("experiments/study.py", *AN_IMPORT),
