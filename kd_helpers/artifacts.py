@@ -142,37 +142,34 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged; delete it and run again.") from error
 
 
+class BeingMadeError(RuntimeError):
+    """Another process is making a folder or a file at this moment (see `locked`)."""
+
+
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from making `folder` meanwhile; wait for one that is already making it.
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keep other processes from making `folder` meanwhile.
 
     The operating system releases the lock of a process that dies, so a stale lock cannot block anyone.
+
+    Args:
+        folder: what is made.
+        wait: for another process that is making it.
+
+    Raises:
+        BeingMadeError: another process is making it, and `wait` is False.
     """
-    lock = _lock(folder)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     with explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(blocking=wait)
+        except filelock.Timeout as held:
+            raise BeingMadeError(f"another process is making {folder}.") from held
     try:
         yield
     finally:
         lock.release()
-
-
-def is_being_made(folder: Path) -> bool:
-    """Whether another process holds the lock of `folder` at this moment (see `locked`)."""
-    lock = _lock(folder)
-    with explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            return True
-    lock.release()
-    return False
-
-
-def _lock(folder: Path) -> filelock.BaseFileLock:
-    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
 
 
 def require_same(folder: Path, provenance: dict[str, Any]) -> None:
@@ -195,17 +192,21 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} {before.get(name)!r} (now {value!r})" for name, value in now.items() if before.get(name) != value]
 
 
-def get_or_build(folder: Path, build: Callable[[Path], None]) -> bool:
+def get_or_build(folder: Path, build: Callable[[Path], None], *, wait: bool = True) -> bool:
     """Make sure that `folder` holds what `build` makes; build it at most once, also among many processes.
 
     Args:
         folder: the final place. A damaged one is reported and built anew.
         build: fills the empty folder it is given; that folder is then renamed to `folder`.
+        wait: for another process that is building it.
 
     Returns:
         True if it was there already.
+
+    Raises:
+        BeingMadeError: another process is building it, and `wait` is False.
     """
-    with locked(folder):
+    with locked(folder, wait=wait):
         _remove_abandoned(folder)
         if is_intact(folder):
             return True

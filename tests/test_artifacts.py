@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from pathlib import Path
 
 import pytest
@@ -76,14 +77,17 @@ def test_many_processes_build_once(tmp_path):
     assert (tmp_path / "builds.log").read_text() == "built\n"
 
 
-def test_one_can_ask_whether_another_is_making_it(tmp_path):
+def test_one_who_does_not_wait_is_told_that_another_is_making_it(tmp_path):
+    def make(target: Path) -> None:
+        (target / "file.txt").write_text("made")
+
     folder = tmp_path / "deep" / "thing"
-    assert not artifacts.is_being_made(folder)
     with artifacts.locked(folder):
-        assert artifacts.is_being_made(folder)
-        assert not artifacts.is_being_made(tmp_path / "deep" / "other")
-    assert not artifacts.is_being_made(folder)
-    assert artifacts.get_or_build(folder, lambda target: (target / "file.txt").write_text("made")) is False
+        with pytest.raises(artifacts.BeingMadeError, match=re.escape(f"another process is making {folder}.")):
+            artifacts.get_or_build(folder, make, wait=False)
+        assert artifacts.get_or_build(tmp_path / "deep" / "other", make, wait=False) is False
+    assert artifacts.get_or_build(folder, make, wait=False) is False, "made now, not found"
+    assert artifacts.get_or_build(folder, make, wait=False) is True
 
 
 def test_what_a_killed_process_left_is_removed_even_if_the_folder_is_intact(tmp_path):

@@ -7,6 +7,7 @@ time share its runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -65,11 +66,20 @@ class Study:
     run: Callable[[Any, int, Path], dict[str, Any]]
 
 
-def run_arm(study: Study, arm: str, seed: int) -> dict[str, Any]:
+def run_arm(study: Study, arm: str, seed: int, *, wait: bool = True) -> dict[str, Any]:
     """One arm of a study with one seed: found again, or run and stored.
+
+    Args:
+        study: the study.
+        arm: its name.
+        seed: one of the study's.
+        wait: for another process that is running it.
 
     Returns:
         `arm`, `seed`, the measures, and `folder`, where under `artifacts/` the files of this run are.
+
+    Raises:
+        artifacts.BeingMadeError: another process is running it, and `wait` is False.
     """
     provenance = _provenance(study, arm, seed)
     folder = _folder(provenance)
@@ -79,7 +89,7 @@ def run_arm(study: Study, arm: str, seed: int) -> dict[str, Any]:
         artifacts.save_json(target / "measures.json", measures)
         artifacts.save_json(target / artifacts.PROVENANCE, provenance)
 
-    artifacts.get_or_build(folder, run)
+    artifacts.get_or_build(folder, run, wait=wait)
     measures = artifacts.load_json(folder / "measures.json")
     return {"arm": arm, "seed": seed, **measures, "folder": folder.relative_to(artifacts.artifacts_dir()).as_posix()}
 
@@ -107,8 +117,8 @@ def run_study(study: Study) -> dict[str, Any]:
     """
     plan = list(itertools.product(study.seeds, study.arms))
     for seed, arm in tqdm(plan, desc=f"Study {study.name}", unit="run", leave=False):
-        if not artifacts.is_being_made(_folder(_provenance(study, arm, seed))):
-            run_arm(study, arm, seed)
+        with contextlib.suppress(artifacts.BeingMadeError):
+            run_arm(study, arm, seed, wait=False)
     runs = [run_arm(study, arm, seed) for seed, arm in plan]  # found again, or waited for
     return {
         "made_with": made_with(study.module),

@@ -21,6 +21,7 @@ may write at the same time: start the same command several times.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import random
 import re
@@ -359,9 +360,13 @@ class Answers(NamedTuple):
     written_on: str
 
 
-def answers_of(writer: Writer, part: Part) -> Answers:
-    """The answers to a part, found again or written now."""
-    with artifacts.locked(part.file):
+def answers_of(writer: Writer, part: Part, *, wait: bool = True) -> Answers:
+    """The answers to a part, found again or written now.
+
+    Raises:
+        artifacts.BeingMadeError: another process is writing them, and `wait` is False.
+    """
+    with artifacts.locked(part.file, wait=wait):
         if not part.file.exists():
             conversations, openings = list(map(conversation, part.requests)), part.provenance["openings"]
             texts = story_writer.answers(writer, conversations, openings, seed=part.seed)
@@ -385,8 +390,8 @@ def write_parts(writer: Writer, numbers: Iterable[int], *, count: int = PART_SIZ
         if time.monotonic() >= end:
             break
         part = plan_part(writer, number, count=count)
-        if not part.file.exists() and not artifacts.is_being_made(part.file):
-            answers_of(writer, part)
+        with contextlib.suppress(artifacts.BeingMadeError):
+            answers_of(writer, part, wait=False)
 
 
 def gather_stories(writer: Writer, parts: int, *, count: int = PART_SIZE) -> dict[str, Any]:
