@@ -342,11 +342,6 @@ def main_arms(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {**comparison, "arms": arms, "runs": [run for run in comparison["runs"] if run["arm"] in arms]}
 
 
-def runs_table(comparison: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per run: arm, seed and every one of `METRICS`."""
-    return pd.DataFrame(comparison["runs"])[["arm", "seed", *METRICS, "seconds"]]
-
-
 def summary(comparison: Mapping[str, Any]) -> pd.DataFrame:
     """Mean of each measure over the seeds with half the width of its 95% interval.
 
