@@ -90,8 +90,11 @@ def readme_results() -> str:
     config = stored["choices"]["config"]
     hidden = config["teacher_train_size"] - config["train_size"]
 
-    def gain(arm: str, *interval: str) -> str:
-        return number(", ".join((f"comparison: {arm} - {comparison.BASELINE}, accuracy", *interval)))
+    def gain(arm: str, *interval: str, over: str = comparison.BASELINE) -> str:
+        return number(", ".join((f"comparison: {arm} - {over}, accuracy", *interval)))
+
+    def with_interval(arm: str, over: str = comparison.BASELINE) -> str:
+        return f"{gain(arm, over=over)} ({gain(arm, 'interval', over=over)})"
 
     return (
         f"The student has {config['train_size']:,} labelled tweets. Its teacher has "
@@ -101,13 +104,13 @@ def readme_results() -> str:
         f"{gain('tuned_teacher', 'interval')}), and **{gain('transfer_set')}** more accurate when the student "
         f"also learns the teacher's outputs for {config['transfer_size']:,} other tweets without their labels, the "
         f"*transfer set* (the teacher was trained on {hidden:,} of them, with labels). "
-        "Not all of this is knowledge that only the teacher has. A teacher that was fine-tuned on the student's own "
-        f"labels adds {gain('own_labels')}, and the student without a teacher is {gain('best_epoch')} better if it "
-        "stops after its best epoch (chosen on validation). The teacher's most probable classes, without their "
-        f"probabilities, add {gain('hard_labels')}. Labels that are softened without a teacher (label smoothing) add "
-        f"{gain('label_smoothing')} ({gain('label_smoothing', 'interval')}), a teacher that was not fine-tuned adds "
-        f"{gain('untuned_teacher')} ({gain('untuned_teacher', 'interval')}), and four times "
-        f"as many labels add {gain('more_labels')}. In each of the {len(stored['seeds'])} repetitions, all students "
+        "Three controls take this gain apart. *More labels:* a teacher of the student's own labels gives "
+        f"{with_interval('own_labels')}, and four times the labels, without a teacher, {with_interval('more_labels')}. "
+        "*Softness:* labels that are softened without a teacher (label smoothing) give "
+        f"{with_interval('label_smoothing')}, but the teacher's probabilities give "
+        f"{with_interval('tuned_teacher', 'hard_labels')} more than its most probable classes alone. *Stopping "
+        f"earlier:* the student without a teacher is {with_interval('best_epoch')} better after its best epoch "
+        f"(chosen on validation). In each of the {len(stored['seeds'])} repetitions, all students "
         "have the same first weights and are trained for the same number of steps. [All results](docs/results.md)."
     )
 
