@@ -125,6 +125,16 @@ def _error_number(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those around it, where they are not there.
+
+    Raises:
+        OSError: it can't be made; one sentence says why.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def save_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -262,6 +272,16 @@ def damaged(folder: Path) -> list[str]:
     except (OSError, ValueError):
         return [MANIFEST]
     return [name for name, digest in sealed.items() if not _fits(folder / name, digest)]
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The files of a folder that were not sealed into it, hidden ones too: whoever replaces it would delete them."""
+    try:
+        sealed = load_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        sealed = {}
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return [name for name in files if name not in sealed and name != MANIFEST]
 
 
 def is_intact(folder: Path) -> bool:

@@ -43,7 +43,7 @@ from kd_helpers.models import (
     model_inputs,
     unwrapped,
 )
-from kd_helpers.pretrained import quiet_transformers, require_softmax_head
+from kd_helpers.pretrained import quiet_transformers, require_softmax_head, some
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import resolve
 from kd_helpers.runs import DistillResult, load_run
@@ -165,12 +165,13 @@ def export_onnx(source: str | Path, out: str | Path, *, int8: bool = False, max_
 
     Raises:
         ValueError: the classifier has no trained head, torch can't export its kind, the graph computes other logits
-            than the model, or `out` holds something else.
+            than the model, or `out` holds something else, which would be lost.
         FileNotFoundError, ConnectionError: there is no such model, or it can't be reached.
     """
     folder = Path(expanded(out, "out"))
-    if folder.exists() and not (folder / FLOAT32).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and holds no export; choose another folder.")
+    if folder.is_symlink():
+        folder = folder.resolve()  # or the link itself would be replaced
+    _require_room(folder)
     loaded = _load(str(source), max_length)
 
     def build(target: Path) -> None:
@@ -183,6 +184,18 @@ def export_onnx(source: str | Path, out: str | Path, *, int8: bool = False, max_
     with artifacts.locked(folder):
         artifacts.write_folder(folder, build)
     return folder
+
+
+def _require_room(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier export, which is replaced as a whole."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / FLOAT32).exists()):
+        raise ValueError(f"{folder} is there already and holds no export; choose another folder.")
+    if others := artifacts.foreign_files(folder):
+        raise ValueError(
+            f"{folder} holds {some(others)}, which no export wrote and which would be lost; choose another folder."
+        )
 
 
 def cached_export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Path:
@@ -450,7 +463,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers expo
     parser.add_argument("--out", help="folder; artifacts/exports/NAME when left out")
     parser.add_argument("--max-length", type=int, help="tokens of a text that are kept; when left out, the run's own")
     chosen = parser.parse_args(arguments)
-    out = chosen.out or artifacts.artifacts_dir() / "exports" / Path(expanded(chosen.source, "RUN")).name
+    out = chosen.out or artifacts.artifacts_dir() / "exports" / Path(expanded(chosen.source, "RUN")).resolve().name
     try:
         folder = export_onnx(chosen.source, out, int8=chosen.int8, max_length=chosen.max_length)
     except (ValueError, OSError) as error:

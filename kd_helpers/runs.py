@@ -21,7 +21,7 @@ from kd_helpers.data import DataSplits, dataset_digest, evaluation_batches, toke
 from kd_helpers.loop import train_classifier
 from kd_helpers.metrics import Predictions, classification_metrics, predict
 from kd_helpers.models import checkpoint_version, load_saved, load_student, load_tokenizer, save_model, warn_if_swapped
-from kd_helpers.pretrained import warn_of_unknown_tokens
+from kd_helpers.pretrained import some, warn_of_unknown_tokens
 from kd_helpers.provenance import made_by
 from kd_helpers.resolve import Setup, resolve
 from kd_helpers.runtime import seed_everything
@@ -76,11 +76,14 @@ def distill(
         The student with its history and metrics, saved.
 
     Raises:
-        ValueError: `data` or `teacher_logits` make no sense, or `output_dir` holds a finished run of something else.
+        ValueError: `data` or `teacher_logits` make no sense, or `output_dir` holds a finished run of something else, or
+            in its folder `student` what no run wrote.
         DivergedError, MemoryError: see `loop.fit`.
     """
     require_whole("checkpoint_steps", checkpoint_steps, minimum=0)
     setup = resolve(config, data)
+    if output_dir is not None and not (Path(expanded(output_dir, "output_dir")) / artifacts.MANIFEST).exists():
+        _require_room_for_a_student(Path(expanded(output_dir, "output_dir")) / "student", config=config)
     if teacher_logits is None and config.alpha > 0:
         warn_if_swapped(config)
         teacher_logits = load_teacher_logits(setup, "student_train", checkpoint_steps=checkpoint_steps)
@@ -98,10 +101,27 @@ def distill(
         elif found is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)  # of a process that died before it could
             return dataclasses.replace(found, student=found.student.to(setup.device))
+        _require_room_for_a_student(folder / "student", config=setup.config)
         result = _train_and_measure(setup, teacher_logits, folder, checkpoints, checkpoint_steps)
         save_run(result, provenance)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return result
+
+
+def _require_room_for_a_student(student: Path, *, config: DistillConfig) -> None:
+    """Refuse to write a student where a model stands that the run starts from, or files that no run wrote.
+
+    Raises:
+        ValueError: one sentence says which.
+    """
+    for name in ("student_checkpoint", "teacher_checkpoint"):
+        checkpoint = getattr(config, name)
+        if checkpoint and Path(expanded(checkpoint, name)).resolve().is_relative_to(student.resolve()):
+            raise ValueError(f"the run would write its student over {name} ({checkpoint}); choose another output_dir.")
+    if student.exists() and (others := artifacts.foreign_files(student)):
+        raise ValueError(
+            f"{student} holds {some(others)}, which no run wrote and which would be lost; choose another output_dir."
+        )
 
 
 def provenance_of(setup: Setup, teacher_logits: TeacherLogits | None) -> dict[str, Any]:

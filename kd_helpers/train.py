@@ -238,6 +238,8 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
         "texts": [dataset_digest(part) for part in (data.student_train, data.validation, data.test)],
     }
     with args.main_process_first(local=False, desc="the folder"):
+        if args.process_index == 0:
+            _require_room(out)
         if args.process_index == 0 and not any((*out.glob("checkpoint-*"), *out.glob("student"))):
             (out / artifacts.PROVENANCE).unlink(missing_ok=True)  # of an attempt that came to nothing
         artifacts.require_same(out, provenance)
@@ -287,6 +289,15 @@ def distil(choices: Any, args: TrainingArguments) -> dict[str, float]:
     metrics = trainer.evaluate(texts["test"], metric_key_prefix="test")
     trainer.save_metrics("test", metrics)
     return metrics
+
+
+def _require_room(out: Path) -> None:
+    """Refuse a folder whose student this command did not write."""
+    if (out / "student").exists() and not (out / artifacts.PROVENANCE).exists():
+        raise ValueError(
+            f"{out / 'student'} is there already, was not written by this command, and would be lost; choose another "
+            "output_dir."
+        )
 
 
 def _tokenized(setup: Setup, tokenizer: PreTrainedTokenizerBase) -> dict[str, datasets.Dataset]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -230,6 +231,34 @@ def test_an_earlier_export_is_replaced_as_a_whole(tmp_path):
     export_onnx(source, tmp_path / "out", max_length=40)
     assert not (tmp_path / "out" / INT8).exists()
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 40
+
+
+def test_an_export_deletes_nothing_that_no_export_wrote(own_artifacts, tmp_path, monkeypatch, capsys):
+    source = saved(tmp_path)
+    export_onnx(source, tmp_path / "out", max_length=48)
+    for name in ("notes.md", ".git/config"):
+        own = tmp_path / "out" / name
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("mine")
+        with pytest.raises(ValueError, match=rf"out holds {re.escape(name)}, which no export wrote and which would"):
+            export_onnx(source, tmp_path / "out", max_length=40)
+        assert own.read_text() == "mine"
+        own.unlink()
+    # As on the hub, where models have a graph of their own beside their weights.
+    (source / FLOAT32).parent.mkdir()
+    shutil.copy(tmp_path / "out" / FLOAT32, source / FLOAT32)
+    with pytest.raises(ValueError, match="which no export wrote"):
+        export_onnx(source, source, max_length=48)
+    assert (source / "model.safetensors").exists()
+
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    export_onnx(source, tmp_path / "link", max_length=32)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 32
+
+    monkeypatch.chdir(source)
+    assert export.main([".", "--max-length", "32"]) == 0
+    assert (own_artifacts / "exports" / source.name / FLOAT32).exists()
 
 
 def closure(*distributions: str) -> set[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import warnings
 from functools import partial
 
@@ -86,6 +87,21 @@ def test_a_saved_run_is_whole_and_reloads_to_identical_logits(own_artifacts, sma
     assert answer["label"] in ("negative", "neutral", "positive")
     card = (run.folder / "student" / "README.md").read_text()
     assert f"{run.metrics['test']['accuracy']:.4f}" in card
+
+
+def test_a_run_deletes_no_model_that_stands_where_its_student_goes(own_artifacts, small_data, tmp_path):
+    run = distill(SHORT, data=small_data, output_dir=tmp_path / "first")
+    models = tmp_path / "models"
+    shutil.copytree(run.folder / "student", models / "student")
+    weights = (models / "student" / "model.safetensors").read_bytes()
+    started = SHORT.replace(student_checkpoint=str(models / "student"), seed=1)
+    with pytest.raises(ValueError, match=r"would write its student over student_checkpoint .*; choose another output_"):
+        distill(started, data=small_data, output_dir=models)
+    (models / "student" / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"student holds notes\.md, which no run wrote and which would be lost"):
+        distill(SHORT, data=small_data, output_dir=models)
+    assert (models / "student" / "model.safetensors").read_bytes() == weights
+    assert (models / "student" / "notes.md").read_text() == "mine"
 
 
 def test_runs_with_other_teacher_logits_have_folders_of_their_own(own_artifacts, small_data):

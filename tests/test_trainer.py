@@ -383,6 +383,16 @@ def test_the_script_refuses_another_run_in_its_folder(of_the_script, capsys):
     assert "out was begun with alpha 0.5 (now 0.9); choose another folder, or delete it." in capsys.readouterr().err
 
 
+def test_the_script_writes_over_no_student_of_others(of_the_script, capsys):
+    Path("student").mkdir(exist_ok=True)
+    Path("student/notes.md").write_text("mine")
+    with pytest.raises(SystemExit) as refused:
+        main([*of_the_script, "--output_dir", "."])
+    assert refused.value.code == 2
+    assert "student is there already, was not written by this command, and would be lost" in capsys.readouterr().err
+    assert not Path("provenance.json").exists()
+
+
 def test_the_script_says_that_it_diverged(of_the_script, capsys):
     assert main([*of_the_script, "--output_dir", "out", "--learning_rate", "1e30", "--save_strategy", "no"]) == 1
     assert "training diverged at step 2" in capsys.readouterr().err

@@ -657,7 +657,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers benc
     try:
         config = DistillConfig(train_size=chosen.texts, epochs=chosen.epochs, batch_size=chosen.batch_size)
         folder = Path(expanded(chosen.out or artifacts.artifacts_dir() / "benchmark", "--out"))
-    except ValueError as error:
+        artifacts.make_folder(folder)  # before anything is measured that could not be written
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if chosen.serve is not None:
         return _serve(chosen.serve, folder, prog)

@@ -475,8 +475,7 @@ def _record(out: Path, notebook: Notebook, settings: Sequence[Setting]) -> None:
     A notebook whose code changed, or changed code of this package, begins a new plan: earlier runs stay on the disk
     but leave the table, which would else mix two experiments.
     """
-    with artifacts.explained(out):
-        out.mkdir(parents=True, exist_ok=True)
+    artifacts.make_folder(out)
     provenance = {"notebook": notebook.name, "code": notebook.digest, **notebook.made_by}
     with filelock.FileLock(out / ".plan.lock"):
         old = read_plan(out) if (out / "plan.json").exists() else {}
@@ -636,6 +635,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers swee
         settings = plan(notebook, _grid(chosen.grid), _fixed(chosen.parameter))
         require_own_folder(out, notebook)
         print(describe_plan(notebook, settings, out, chosen.jobs), flush=True)
+        if not chosen.dry_run:
+            artifacts.make_folder(out)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     if chosen.dry_run:

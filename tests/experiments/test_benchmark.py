@@ -328,3 +328,13 @@ def test_wrong_arguments_are_named(arguments, said, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(arguments)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("also", [[], ["--serve"]])
+def test_where_the_result_goes_is_looked_at_before_anything_is_measured(also, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "run", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file.csv").write_text("mine")
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main(["--out", str(tmp_path / "file.csv"), *also])
+    assert refused.value.code == 2
+    assert "file.csv can't be written: a file stands where a folder is needed" in capsys.readouterr().err
