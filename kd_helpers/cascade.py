@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
+from kd_helpers.losses import require_same_shape
+
 
 class Answers(NamedTuple):
     """What a cascade predicts for N texts: `classes` int64 `[N]`, and `asked` bool `[N]`: the teacher did."""
@@ -33,8 +35,12 @@ def cascade(student_logits: torch.Tensor, teacher_logits: torch.Tensor, threshol
         teacher_logits: `[N, C]`, for the same texts in the same order. Only those of the texts where `asked` is true
             are used; the teacher need not read the others.
         threshold: from 0 (the student answers all) to infinity (the teacher does).
+
+    Raises:
+        ValueError: the shapes differ.
     """
-    asked = confidence(student_logits) < threshold
+    require_same_shape(student_logits, teacher_logits)
+    asked = ~(confidence(student_logits) >= threshold)  # also where it is no number
     return Answers(torch.where(asked, teacher_logits.argmax(dim=-1), student_logits.argmax(dim=-1)), asked)
 
 
@@ -58,8 +64,9 @@ def choose_threshold(
         The threshold; infinity where there are too few texts to be certain of any.
 
     Raises:
-        ValueError: target or certainty lies outside its range.
+        ValueError: target or certainty lies outside its range, or the shapes differ.
     """
+    require_same_shape(student_logits, teacher_logits)
     for name, value in (("target", target), ("certainty", certainty)):
         if not 0 < value < 1:
             raise ValueError(f"{name} is {value}; give a share between 0 and 1, such as 0.97.")

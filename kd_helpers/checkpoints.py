@@ -128,6 +128,9 @@ def load_checkpoint(
 
     Returns:
         How far that was; nothing is changed and `step` is 0 where there is no checkpoint.
+
+    Raises:
+        ValueError: it is of another model.
     """
     newest = last_checkpoint(folder)
     if newest is None:
@@ -135,9 +138,13 @@ def load_checkpoint(
     described = artifacts.load_json(newest / "state.json")
     # Read into memory: what is mapped from a file changes with it.
     tensors = safetensors.torch.load((newest / "state.safetensors").read_bytes())
+    kept = {f"model.{name}": tensor for name, tensor in _kept(model)}
+    stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}
+    if stored != {name: tensor.shape for name, tensor in kept.items()}:
+        raise ValueError(f"the checkpoints in {folder} are of another model; choose another folder, or delete it.")
     with torch.no_grad():
-        for name, kept in _kept(model):
-            kept.copy_(tensors[f"model.{name}"])
+        for name, tensor in kept.items():
+            tensor.copy_(tensors[name])
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

@@ -106,8 +106,11 @@ def training_step(
         The losses by name and `gradient_norm` (before clipping), scalars without a graph.
 
     Raises:
+        ValueError: `max_grad_norm` is no number above 0.
         DivergedError: the total loss or the gradient is not finite. The update was not made.
     """
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}; give a number above 0, or infinity for no clipping.")
     device = next(trained.parameters()).device
     with autocast(device, precision):
         loss = loss_of(batch)
@@ -263,7 +266,8 @@ def fit(
         `losses` (of each step by name, with `gradient_norm`) and `validation` (what `validate` returned).
 
     Raises:
-        ValueError: there are too few batches, or the order of the loader does not follow from the epoch.
+        ValueError: there are too few batches, the order of the loader does not follow from the epoch, or `checkpoints`
+            holds those of other modules, or of a longer training.
         DivergedError: a loss or a gradient is not finite; the last good checkpoint is named.
         MemoryError: a step needs more memory than there is; a batch size to try is named.
     """
@@ -287,6 +291,11 @@ def fit(
         # Batches that draw something, as masked tokens are drawn, have a generator of their own.
         generator = getattr(getattr(batches, "collate_fn", None), "generator", None)
         progress = Progress() if checkpoints is None else load_checkpoint(checkpoints, *state, generator)
+        if progress.step > steps:
+            raise ValueError(
+                f"{checkpoints} has a checkpoint after {progress.step} steps, and {steps} are asked for; choose "
+                "another folder."
+            )
         started = time.perf_counter() - progress.seconds
 
         def save() -> None:

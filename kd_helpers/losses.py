@@ -58,7 +58,7 @@ def soft_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temper
     """
     require_temperature(temperature)
     _require_rows_of_classes(student_logits)
-    _require_same_shape(student_logits, teacher_logits)
+    require_same_shape(student_logits, teacher_logits)
     for whose, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if are_probabilities(logits):
             warnings.warn(
@@ -87,9 +87,10 @@ def hard_loss(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
             f"labels have shape {tuple(labels.shape)} and type {labels.dtype}, the logits shape "
             f"{tuple(student_logits.shape)}; give a whole number for each row."
         )
+    labels = labels.long()  # unsigned bytes hold no −100: compared with it they would take 156 for "no label"
     _require_labels_in_range(labels, classes=student_logits.shape[-1])
     labelled = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    summed = F.cross_entropy(student_logits.float(), labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+    summed = F.cross_entropy(student_logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return summed / labelled
 
 
@@ -148,9 +149,19 @@ def _require_rows_of_classes(logits: torch.Tensor) -> None:
             "[N, C]. For the logits of tokens, [B, L, V], use token_soft_loss and token_hard_loss of "
             "kd_helpers.losses, which leave padding out."
         )
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}, so there is one class, whose probability is always 1; give "
+            "at least two classes (a regression has none)."
+        )
 
 
-def _require_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
+def require_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
+    """Refuse logits of student and teacher that are not for the same examples and classes.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student logits have shape {tuple(student_logits.shape)} but teacher logits "
@@ -214,10 +225,11 @@ def token_hard_loss(student_logits: TokenLogits, labels: torch.Tensor, *, chunk:
         ValueError: the shapes do not fit, or a label is neither −100 nor in 0 … V − 1.
     """
     vocabulary = _require_tokens("student logits", student_logits, "labels", labels)
+    labels = labels.long()
     _require_labels_in_range(labels, classes=vocabulary)
 
     def cross_entropy(student: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(student, chosen.long(), reduction="sum")
+        return F.cross_entropy(student, chosen, reduction="sum")
 
     return _mean_over_tokens(
         cross_entropy, labels != IGNORE_INDEX, student_logits, labels, vocabulary=vocabulary, chunk=chunk

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kd_helpers.losses import IGNORE_INDEX
+from kd_helpers.losses import IGNORE_INDEX, require_same_shape
 from kd_helpers.models import Batch, model_inputs
 from kd_helpers.runtime import autocast, evaluating
 
@@ -61,9 +61,9 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
         `ece`, the expected calibration error in [0, 1].
 
     Raises:
-        ValueError: there are no texts, or one has no label.
+        ValueError: there are no texts, one has no label, a label is no class, or a logit is not a number.
     """
-    _require_labels(labels)
+    labels = _labels_of(logits, labels)
     from sklearn.metrics import accuracy_score, f1_score, recall_score  # here: a first step need not wait for it
 
     predicted = logits.argmax(dim=-1)
@@ -77,11 +77,24 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
     }
 
 
-def _require_labels(labels: torch.Tensor) -> None:
+def _labels_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The labels as int64, if they are right for logits that are scored."""
+    if labels.ndim != 1 or logits.ndim != 2 or len(labels) != len(logits):
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}, the labels {tuple(labels.shape)}; give logits [N, C] and a "
+            "label for each row."
+        )
     if len(labels) == 0:
         raise ValueError("there are no texts to score; give at least one.")
+    labels, classes = labels.long(), logits.shape[1]
     if bool((labels == IGNORE_INDEX).any()):
         raise ValueError("some texts have no label, so they can't be scored; leave them out.")
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        wrong = int(labels[(labels < 0) | (labels >= classes)][0])
+        raise ValueError(f"label {wrong} is out of range; labels run from 0 to {classes - 1}.")
+    if bool(F.log_softmax(logits.float(), dim=-1).isnan().any()):
+        raise ValueError("some logits are not finite, so they can't be scored; look at the model that computed them.")
+    return labels
 
 
 def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> dict[str, np.ndarray]:
@@ -92,9 +105,9 @@ def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> d
         NaN for the other two.
 
     Raises:
-        ValueError: there are no texts, or one has no label.
+        ValueError: there are no texts, one has no label, a label is no class, or a logit is not a number.
     """
-    _require_labels(labels)
+    labels = _labels_of(logits, labels)
     confidence, predicted = F.softmax(logits.float(), dim=-1).max(dim=-1)
     correct = (predicted == labels).float()
     index = (confidence * bins).long().clamp(max=bins - 1)
@@ -110,7 +123,7 @@ def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins:
     """Mean gap between confidence and accuracy over the bins, weighted by their share (1706.04599).
 
     Raises:
-        ValueError: there are no texts, or one has no label.
+        ValueError: there are no texts, one has no label, a label is no class, or a logit is not a number.
     """
     curve = reliability(logits, labels, bins)
     return float(np.nansum(curve["share"] * np.abs(curve["confidence"] - curve["accuracy"])))
@@ -126,7 +139,11 @@ def fidelity(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict
     Returns:
         `fidelity`, the share of texts for which both predict the same class, and `kl`, the mean of
         KL(teacher ‖ student) in nats.
+
+    Raises:
+        ValueError: the shapes differ.
     """
+    require_same_shape(student_logits, teacher_logits)
     agreement = (student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).float().mean()
     divergence = F.kl_div(
         F.log_softmax(student_logits.float(), dim=-1),

@@ -47,6 +47,7 @@ from kd_helpers.pretrained import (
     require_encoder,
     require_head_size,
     require_model_folder,
+    require_softmax_head,
 )
 from kd_helpers.runtime import autocast, evaluating
 
@@ -267,9 +268,7 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             f"the tokenizer of {name!r} has {tokens:,} tokens, but its embedding table {rows:,} rows; enlarge it "
             "(model.resize_token_embeddings(len(tokenizer))) and save both."
         )
-    # Decoders take the last token that does not pad. Elsewhere the id may say at which number positions begin.
-    if model.config.pad_token_id is None or hasattr(model, "score"):
-        model.config.pad_token_id = tokenizer.pad_token_id
+    match_padding(model, tokenizer)
     if (error := _failure(model, tokenizer, max_length)) is None:
         return
     fits, fails = 0, max_length
@@ -284,6 +283,15 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     ) from error
 
 
+def match_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a classifier that looks for the last token of a text, as GPT-2 does, which token its tokenizer pads with.
+
+    Elsewhere the id may say at which number positions begin, so it stays as it is where there is one.
+    """
+    if tokenizer.pad_token_id is not None and (model.config.pad_token_id is None or hasattr(model, "score")):
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
 @torch.no_grad()
 def _failure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> Exception | None:
     """What happens when the model reads a text of so many tokens, padded as in a batch; None where all is well.
@@ -292,7 +300,7 @@ def _failure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length:
     of models to be computed from their configurations.
     """
     encoded = tokenizer(["a " * length], truncation=True, max_length=length)
-    batch = tokenizer.pad(encoded, pad_to_multiple_of=PAD_TO_MULTIPLE_OF, return_tensors="pt")
+    batch = tokenizer.pad(encoded, pad_to_multiple_of=PAD_TO_MULTIPLE_OF, return_tensors="pt").to(model.device)
     try:
         with quiet_transformers(), evaluating(model):
             model(**model_inputs(model, batch))
@@ -360,13 +368,16 @@ def require_teacher_and_student(teacher: nn.Module | None, student: nn.Module) -
         student: the model that is to learn.
 
     Raises:
-        ValueError: they share weights, the student has nothing to train (as a frozen teacher in its place has), or
-            they name their classes differently.
+        ValueError: they share weights, the student has nothing to train (as a frozen teacher in its place has), they
+            name their classes differently, or the head of one is for numbers or for several labels at once.
     """
     if teacher is student:
         raise ValueError("teacher and student are the same model, so there is nothing to learn; load two.")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("the student is frozen, so it can't learn; unfreeze it, or swap the two if it is the teacher.")
+    for model in (student, teacher):
+        if isinstance(config := getattr(model, "config", None), PretrainedConfig):
+            require_softmax_head(type(model).__name__, config)
     if teacher is None:
         return
     if {id(parameter) for parameter in teacher.parameters()} & {id(parameter) for parameter in student.parameters()}:
@@ -381,7 +392,8 @@ def require_teacher_and_student(teacher: nn.Module | None, student: nn.Module) -
 
 def _class_names(model: nn.Module) -> list[str] | None:
     """What the outputs of a classifier mean; None where nobody named them."""
-    names = [str(name).casefold() for name in getattr(getattr(model, "config", None), "id2label", {}).values()]
+    named = getattr(getattr(model, "config", None), "id2label", None) or {}
+    names = [str(named[number]).casefold() for number in sorted(named)]
     return None if not names or all(re.fullmatch(r"label_\d+", name) for name in names) else names
 
 

@@ -24,7 +24,9 @@ def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: floa
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, *, steps: int, warmup_ratio: float = 0.0) -> LRScheduler:
-    """The learning rate rises over `warmup_ratio · steps` steps, then falls linearly to 0 at `steps`."""
-    return get_linear_schedule_with_warmup(
-        optimizer, num_warmup_steps=round(warmup_ratio * steps), num_training_steps=steps
-    )
+    """The learning rate rises over `warmup_ratio · steps` steps, then falls linearly to 0 at `steps`.
+
+    It rises over `steps − 1` at most: the first step of a rise has a rate of 0, and one step alone would learn nothing.
+    """
+    warmup = min(round(warmup_ratio * steps), steps - 1)
+    return get_linear_schedule_with_warmup(optimizer, num_warmup_steps=warmup, num_training_steps=steps)

@@ -35,9 +35,11 @@ from kd_helpers.models import (
     load_config,
     load_saved,
     load_teacher,
+    match_padding,
     model_digest,
     save_model,
     teacher_forward,
+    unwrapped,
 )
 from kd_helpers.pretrained import require_softmax_head, warn_of_unknown_tokens
 from kd_helpers.provenance import made_by
@@ -123,6 +125,7 @@ def cached_logits(
         precision: of the matrix products.
         root: the artifacts folder that holds the cache; `artifacts_dir()` when left out.
     """
+    match_padding(unwrapped(teacher), tokenizer)
     key = artifacts.fingerprint(
         {
             **made_by("kd_helpers.teacher"),

@@ -71,6 +71,9 @@ class TeacherTrainer(Trainer):
         peft_config: Any = None,
         **options: Any,
     ) -> None:
+        if model is None or options.get("compute_loss_func") is not None:
+            what = "model is None" if model is None else "there is a compute_loss_func"
+            raise ValueError(f"{what}; give a student as model, whose loss is this Trainer's own.")
         self.choices = choices_of(args, temperature=temperature, alpha=alpha)
         self.temperature, self.alpha = self.choices.temperature, self.choices.alpha
         if args.label_smoothing_factor > 0:
@@ -87,13 +90,13 @@ class TeacherTrainer(Trainer):
         teacher = self._loaded(teacher_model)
         student = with_adapters(model, peft_config, seed=args.seed)
         require_teacher_and_student(teacher, student)
+        self.student_inputs = accepted_inputs(type(unwrapped(student)))
+        self.teacher_inputs = frozenset() if teacher is None else accepted_inputs(type(unwrapped(teacher)))
         texts = options.get("train_dataset")
         self._require_fit(teacher, student, texts)
         if isinstance(texts, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # The first process would read for all of them, and could not put batches of different lengths together.
             args.accelerator_config.dispatch_batches = False
-        self.student_inputs = accepted_inputs(type(unwrapped(student)))
-        self.teacher_inputs = frozenset() if teacher is None else accepted_inputs(type(unwrapped(teacher)))
         super().__init__(_compiled_in_place(student), args, **options)
         self.label_names = ["labels"]  # a wrapper's `forward` may not name them
         self.teacher = None if teacher is None else self._place(freeze(teacher))
@@ -103,6 +106,7 @@ class TeacherTrainer(Trainer):
         # The batches of an optimiser step are counted together (`get_batch_samples`), so the Trainer must not average.
         self.model_accepts_loss_kwargs = True
         self.sums = {True: self._no_sums(), False: self._no_sums()}  # of the losses, in training and in evaluation
+        self.evaluated = "eval"  # what the measures of the last evaluation begin with
 
     # What a subclass says
 
@@ -178,8 +182,14 @@ class TeacherTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Inputs, *arguments: Any, **options: Any
     ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
-        """As the Trainer's, of a batch that is prepared for the loss."""
-        return super().prediction_step(model, self._prepared(inputs), *arguments, **options)
+        """As the Trainer's, of a batch that is prepared for the loss; of the student's outputs the logits are kept."""
+        return self._logits_alone(super().prediction_step(model, self._prepared(inputs), *arguments, **options))
+
+    @staticmethod
+    def _logits_alone(step: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """A step of prediction without hidden states and the like, which some models return behind their logits."""
+        loss, logits, labels = step
+        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
     def _part(self, loss: DistillationLoss, here: torch.Tensor, everywhere: torch.Tensor) -> torch.Tensor:
         """What this batch adds to the loss of a step of which so much is taught and labelled `everywhere`.
@@ -306,11 +316,13 @@ class TeacherTrainer(Trainer):
     def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
         """As the Trainer's, with the losses counted from zero."""
         self.sums[False] = self._no_sums()
+        self.evaluated = options.get("metric_key_prefix", "eval")
         return super().evaluation_loop(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `soft_loss`, `hard_loss` and `fidelity` to the losses that the Trainer logs, over all processes."""
-        for name in [name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss")]:
+        # A loss by another name is the user's own, one of `compute_metrics` for example.
+        for name in [name for name in ("loss", f"{self.evaluated}_loss") if name in logs]:
             prefix, training = name.removesuffix("loss"), name == "loss"
             soft, hard, agreed, taught, labelled = self.accelerator.reduce(self.sums[training], "sum").tolist()
             self.sums[training] = self._no_sums()

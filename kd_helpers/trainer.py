@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kd_helpers.losses import IGNORE_INDEX, DistillationLoss, distillation_loss
 from kd_helpers.metrics import classification_metrics
-from kd_helpers.models import unwrapped
+from kd_helpers.models import match_padding, unwrapped
 from kd_helpers.teacher_trainer import Inputs, TeacherTrainer
 from kd_helpers.trainer_arguments import DistillationArguments
 
@@ -107,6 +107,13 @@ class DistillationTrainer(TeacherTrainer):
             peft_config=peft_config,
             **{"compute_metrics": course_metrics} | options,
         )
+        # The Trainer tells the student before it trains, but not before it is measured, and a teacher never.
+        read = getattr(self.data_collator, "student", self.data_collator), self.model
+        taught = getattr(self.data_collator, "teacher", self.data_collator), self.teacher
+        for collator, reader in (read, taught):
+            tokenizer = getattr(collator, "tokenizer", self.processing_class)
+            if reader is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
+                match_padding(unwrapped(reader), tokenizer)
 
     def _require_student(self, student: nn.Module) -> None:
         _require_no_causal_model("student", student)
@@ -122,9 +129,13 @@ class DistillationTrainer(TeacherTrainer):
         _require_labels_and_one_teacher(teacher, self.alpha, texts)
         self.vocabularies = None if teacher is None else (_vocabulary_size(teacher), _vocabulary_size(student))
         columns = getattr(texts, "column_names", None) or ()
-        self.teacher_has_own_tokens = any(_is_teacher_input(name) for name in columns)
+        self.teacher_has_own_tokens = any(map(self._is_teacher_input, columns))
         if columns and not self.teacher_has_own_tokens:
             self._require_shared_vocabulary()
+
+    def _is_teacher_input(self, column: str) -> bool:
+        """Whether a column is for the teacher alone: "teacher_name" may be about a school."""
+        return column.startswith(TEACHER) and column.removeprefix(TEACHER) in self.teacher_inputs
 
     def _columns(self) -> frozenset[str]:
         return super()._columns() | {TEACHER_LOGITS, *(f"{TEACHER}{name}" for name in self.teacher_inputs)}
@@ -162,19 +173,21 @@ class DistillationTrainer(TeacherTrainer):
         """As the Trainer's. Where nothing can be measured, for want of labels and of a teacher, there is no loss."""
         if "labels" not in inputs and not self._has_teacher(inputs):
             read = self._inputs_of(self.student_inputs, inputs)
-            return super(TeacherTrainer, self).prediction_step(model, read, *arguments, **options)
+            step = super(TeacherTrainer, self).prediction_step(model, read, *arguments, **options)
+            return self._logits_alone(step)
         return super().prediction_step(model, inputs, *arguments, **options)
 
     def _has_teacher(self, inputs: Inputs) -> bool:
         """Whether there are teacher logits for a batch that is evaluated, or a teacher that can read its tokens."""
         if self.teacher is None:
             return TEACHER_LOGITS in inputs
-        return any(map(_is_teacher_input, inputs)) or not (self.teacher_has_own_tokens or self._vocabularies_differ())
+        has_own = any(map(self._is_teacher_input, inputs))
+        return has_own or not (self.teacher_has_own_tokens or self._vocabularies_differ())
 
     def _teacher_logits(self, inputs: Inputs, *, training: bool) -> torch.Tensor | None:
         if self.teacher is None:
             return inputs.get(TEACHER_LOGITS)
-        own = {name.removeprefix(TEACHER): tensor for name, tensor in inputs.items() if _is_teacher_input(name)}
+        own = {name.removeprefix(TEACHER): tensor for name, tensor in inputs.items() if self._is_teacher_input(name)}
         if training and not own:
             self._require_shared_vocabulary()
         elif training:  # a stream may not have said so before
@@ -242,19 +255,16 @@ class TeacherStudentCollator:
     ) -> None:
         self.student = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
         self.teacher = DataCollatorWithPadding(teacher_tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+        self.inputs = frozenset(teacher_tokenizer.model_input_names)
 
     def __call__(self, texts: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One batch: the tensors of the student, and those of the teacher under their prefixed names."""
-        own = [name for name in texts[0] if _is_teacher_input(name)]
+        own = [name for name in texts[0] if name.removeprefix(TEACHER) in self.inputs and name.startswith(TEACHER)]
         batch = dict(self.student([{name: text[name] for name in text if name not in own} for text in texts]))
         if own:
             padded = self.teacher([{name.removeprefix(TEACHER): text[name] for name in own} for text in texts])
             batch |= {f"{TEACHER}{name}": tensor for name, tensor in padded.items()}
         return batch
-
-
-def _is_teacher_input(name: str) -> bool:
-    return name.startswith(TEACHER) and name != TEACHER_LOGITS
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:

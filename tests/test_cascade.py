@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -76,3 +77,16 @@ def test_a_share_outside_its_range_is_refused(name, value):
     student, teacher = random_pair(10, 0)
     with pytest.raises(ValueError, match=f"^{name} is {value}; give a share between 0 and 1"):
         choose_threshold(student, teacher, **{"target": 0.9, name: value})
+
+
+def test_a_student_whose_confidence_is_no_number_is_not_believed():
+    student = torch.tensor([[math.nan, 0.0], [9.0, 0.0]])
+    answers = cascade(student, torch.tensor([[0.0, 1.0], [0.0, 1.0]]), 0.5)
+    assert answers.asked.tolist() == [True, False]
+    assert answers.classes.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("question", [partial(cascade, threshold=0.5), partial(choose_threshold, target=0.9)])
+def test_both_models_must_have_seen_the_same_texts(question):
+    with pytest.raises(ValueError, match=r"student logits have shape \(4, 3\) but teacher logits \(1, 3\)"):
+        question(torch.zeros(4, 3), torch.zeros(1, 3))

@@ -498,3 +498,20 @@ def test_the_steps_of_every_epoch_add_up():
         student, projection = student_and_projection()
         progress = fitted([student, projection], lines(8), hint_loss(student, projection), steps=steps)
         assert math.fsum(len(entry["losses"]["total"]) for entry in progress.history) == steps
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan])
+def test_a_norm_that_undoes_the_gradient_is_refused(norm):
+    student, projection = student_and_projection()
+    with pytest.raises(ValueError, match=rf"max_grad_norm is {norm}; give a number above 0, or infinity"):
+        fitted([student, projection], lines(), hint_loss(student, projection), steps=1, max_grad_norm=norm)
+
+
+def test_checkpoints_of_other_modules_or_of_more_steps_are_refused(tmp_path):
+    student, projection = student_and_projection()
+    both, loss = [student, projection], hint_loss(student, projection)
+    fitted(both, lines(), loss, steps=12, checkpoints=tmp_path)
+    with pytest.raises(ValueError, match="has a checkpoint after 12 steps, and 5 are asked for"):
+        fitted(both, lines(), loss, steps=5, checkpoints=tmp_path)
+    with pytest.raises(ValueError, match=r"the checkpoints in .* are of another model"):
+        fitted(both[::-1], lines(), loss, steps=12, checkpoints=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kd_helpers import losses
-from kd_helpers.losses import DistillationLoss, distillation_loss, hard_loss, soft_loss, soft_targets
+from kd_helpers.losses import (
+    DistillationLoss,
+    distillation_loss,
+    hard_loss,
+    soft_loss,
+    soft_targets,
+    token_hard_loss,
+)
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 20.0)
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -252,3 +260,17 @@ def test_soft_targets_take_any_shape(shape):
 
 def test_loss_is_a_named_triple():
     assert DistillationLoss._fields == ("total", "soft", "hard")
+
+
+def test_labels_in_unsigned_bytes_are_what_they_say():
+    """As bytes −100 would be 156, and the number of classes 256 would be 0."""
+    logits = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([156, 1, 255, 3])
+    assert hard_loss(logits, labels.to(torch.uint8)) == hard_loss(logits, labels)
+    assert token_hard_loss(logits[None], labels[None].to(torch.uint8)) == token_hard_loss(logits[None], labels[None])
+
+
+def test_one_class_is_refused():
+    for loss in (partial(soft_loss, temperature=2.0), lambda own, teacher: hard_loss(own, torch.zeros(4).long())):
+        with pytest.raises(ValueError, match=r"shape \(4, 1\), so there is one class, whose probability is always 1"):
+            loss(torch.randn(4, 1), torch.randn(4, 1))

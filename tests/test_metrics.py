@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +72,28 @@ def test_evaluate_measures_what_predict_says(tokenized, tokenizer):
     model = tiny_bert()
     predictions = predict(model, batches)
     assert evaluate(model, batches) == classification_metrics(predictions.logits, predictions.labels)
+
+
+@pytest.mark.parametrize("measure", [classification_metrics, reliability, expected_calibration_error])
+def test_what_can_not_be_scored_is_named(measure):
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 1])
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=rf"label {wrong} is out of range; labels run from 0 to 2"):
+            measure(logits, torch.tensor([0, 1, wrong, 1]))
+    with pytest.raises(ValueError, match=r"logits have shape \(4, 3\), the labels \(1,\)"):
+        measure(logits, labels[:1])
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="some logits are not finite"):
+            measure(logits.masked_fill(torch.eye(4, 3).bool(), value), labels)
+
+
+def test_labels_of_any_whole_type_are_scored():
+    logits, labels = torch.eye(3)[[0, 1, 2, 1]], torch.tensor([0, 1, 2, 2])
+    for kind in (torch.int32, torch.uint8):
+        assert classification_metrics(logits, labels.to(kind)) == classification_metrics(logits, labels)
+
+
+def test_fidelity_needs_logits_of_the_same_texts():
+    with pytest.raises(ValueError, match=r"student logits have shape \(4, 3\) but teacher logits \(1, 3\)"):
+        fidelity(torch.zeros(4, 3), torch.zeros(1, 3))

@@ -21,6 +21,7 @@ from kd_helpers.models import (
     load_teacher,
     model_inputs,
     random_like,
+    require_teacher_and_student,
     save_model,
 )
 from kd_helpers.optim import make_optimizer, make_scheduler
@@ -224,3 +225,29 @@ def test_learning_rate_rises_and_falls_linearly(warmup_ratio, expected):
         scheduler.step()
     assert rates == expected
     assert scheduler.get_last_lr()[0] == 0.0
+
+
+def test_a_step_alone_learns_something():
+    optimizer = make_optimizer(tiny_bert(), learning_rate=1.0, weight_decay=0.0)
+    assert make_scheduler(optimizer, steps=1, warmup_ratio=0.6).get_last_lr() == [1.0, 1.0]
+
+
+def test_names_of_classes_are_compared_by_number():
+    """A configuration may list them in any order."""
+    models = {order: tiny_bert(classes=2, seed=order[0]) for order in ((0, 1), (1, 0))}
+    for order, model in models.items():
+        model.config.id2label = {number: ("neg", "pos")[number] for number in order}
+    teacher, student = freeze(models[0, 1]), models[1, 0]
+    require_teacher_and_student(teacher, student)
+    student.config.id2label = {1: "neg", 0: "pos"}
+    with pytest.raises(ValueError, match="the teacher's classes are neg, pos, the student's pos, neg"):
+        require_teacher_and_student(teacher, student)
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_heads_of_which_a_softmax_means_nothing_are_refused(whose, kind):
+    models = [freeze(tiny_bert(seed=1)), tiny_bert()]
+    models[whose].config.problem_type = kind
+    with pytest.raises(ValueError, match=f"BertForSequenceClassification' was trained for {kind}"):
+        require_teacher_and_student(*models)

@@ -12,12 +12,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from support.architectures import tiny
 from support.models import tiny_bert
 from support.processes import TWO, free_port
 from tokenizers import normalizers
 from torch.testing import assert_close
 
 from kd_helpers import artifacts, shards
+from kd_helpers.data import tokenize
 from kd_helpers.models import freeze, save_model
 from kd_helpers.shards import cache_shards, missing_shards, read_shards
 from kd_helpers.teacher import cached_logits
@@ -198,3 +200,32 @@ def test_processes_share_the_shards_out(tmp_path, teacher, raw, tokenizer):
     for index in range(5):
         files = [tmp_path / way / f"{index:06d}" / artifacts.MANIFEST for way in ("one", "two")]
         assert Path(files[0]).read_text() == Path(files[1]).read_text()
+
+
+def test_a_folder_with_brackets_in_its_name_is_read(tmp_path, teacher, raw, tokenizer):
+    cache_shards(teacher, stream(raw), tokenizer, tmp_path / "cache[1]", max_length=24)
+    assert len(list(read_shards(tmp_path / "cache[1]"))) == len(raw)
+
+
+def test_texts_longer_than_the_teacher_reads_are_refused_before_it_runs(tmp_path, teacher, raw, tokenizer):
+    with pytest.raises(ValueError, match=r"max_length is 600, but 'BertForSequenceClassification' has positions for"):
+        cache_shards(teacher, stream(raw), tokenizer, tmp_path / "out", max_length=600)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_looks_for_the_last_token_is_told_which_one_pads(own_artifacts, tmp_path):
+    teacher, tokenizer = tiny("gpt2", ("bad", "good"))
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    teacher.resize_token_embeddings(len(tokenizer))
+    freeze(teacher)
+    lines = ["good", "not good at all today", "bad day"]
+    alone = torch.cat([teacher(**tokenizer([line], return_tensors="pt")).logits for line in lines])
+    rows = datasets.Dataset.from_dict({"text": lines, "label": [1, 0, 0]})
+    teacher.config.pad_token_id = tokenizer("good")["input_ids"][0]
+    cache_shards(teacher, rows.to_iterable_dataset(num_shards=1), tokenizer, tmp_path, max_length=24)
+    assert_close(torch.tensor([row["teacher_logits"] for row in read_shards(tmp_path)]), alone, rtol=1e-4, atol=1e-5)
+
+    teacher.config.pad_token_id = tokenizer("good")["input_ids"][0]
+    texts = tokenize(rows.add_column("id", range(3)), tokenizer, 24)
+    found = cached_logits(teacher, texts, tokenizer, precision=torch.float32)
+    assert_close(found.lookup(torch.arange(3)), alone, rtol=1e-4, atol=1e-5)

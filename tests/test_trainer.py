@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.architectures import tiny
 from support.models import tiny_bert, tiny_distilbert
 from support.processes import TWO, free_port, path_with_tests
 from support.trainer import SOFTENING, arguments, collator
@@ -425,3 +426,76 @@ def test_the_script_goes_on_under_two_processes(tmp_path, of_the_script):
     assert all(torch.equal(value, ways[1][name]) for name, value in ways[0].items())
     tests = [json.loads((tmp_path / way / "test_results.json").read_text()) for way in ("whole", "killed")]
     assert tests[0]["test_nll"] == tests[1]["test_nll"]
+
+
+def test_of_what_a_student_returns_its_logits_are_scored(tmp_path, texts_with_logits, tokenizer):
+    verbose = student()
+    verbose.config.output_hidden_states = True
+    texts = texts_with_logits.select(range(32))
+    given = {"data_collator": collator(tokenizer), "eval_dataset": texts, **SOFTENING}
+    terse, chatty = (DistillationTrainer(model, arguments(tmp_path), **given) for model in (student(), verbose))
+    expected, found = terse.evaluate(), chatty.evaluate()
+    assert found["eval_accuracy"] == expected["eval_accuracy"]
+    assert chatty.predict(texts).predictions.shape == (32, 3)
+    without = texts.remove_columns(["teacher_logits", "label"])
+    assert chatty.predict(without).predictions.shape == (32, 3)
+
+
+def test_a_student_with_a_decoder_is_scored(tmp_path):
+    model, tokenizer = tiny("bart", ("calm", "loud"))
+    texts = datasets.Dataset.from_dict({**tokenizer(["a good day", "bad"] * 4), "label": [0, 1] * 4})
+    trainer = DistillationTrainer(
+        model, arguments(tmp_path), alpha=0.0, train_dataset=texts, eval_dataset=texts, processing_class=tokenizer
+    )
+    assert {"eval_accuracy", "eval_hard_loss"} <= trainer.evaluate().keys()
+
+
+def test_a_teacher_that_looks_for_the_last_token_is_told_which_one_pads(tmp_path):
+    model, tokenizer = tiny("gpt2", ("calm", "loud"))
+    teacher, _ = tiny("gpt2", ("calm", "loud"), seed=1)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    for one in (model, teacher):
+        one.resize_token_embeddings(len(tokenizer))
+    freeze(teacher)
+    lines = ["good", "not good at all today"]
+    alone = torch.cat([teacher(**tokenizer([line], return_tensors="pt")).logits for line in lines])
+    for wrong in (model, teacher):
+        wrong.config.pad_token_id = tokenizer("good")["input_ids"][0]
+    texts = datasets.Dataset.from_dict({**tokenizer(lines), "label": [0, 1]})
+    trainer = DistillationTrainer(
+        model, arguments(tmp_path), teacher_model=teacher, train_dataset=texts, processing_class=tokenizer, **SOFTENING
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert_close(trainer._run_teacher(batch), alone)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_column_about_teachers_is_no_input_of_the_teacher(tmp_path, texts_with_logits, teacher, tokenizer):
+    texts = texts_with_logits.remove_columns("teacher_logits").select(range(32))
+    named = texts.add_column("teacher_name", ["Ms"] * len(texts))
+    plain, schooled = (
+        trained(tmp_path, part, tokenizer, teacher_model=teacher).evaluate(part) for part in (texts, named)
+    )
+    assert schooled["eval_soft_loss"] == plain["eval_soft_loss"]
+    assert schooled["eval_loss"] == plain["eval_loss"]
+
+
+def test_measures_of_the_users_own_are_kept(tmp_path, texts_with_logits, tokenizer):
+    trainer = DistillationTrainer(
+        student(),
+        arguments(tmp_path),
+        eval_dataset=texts_with_logits.select(range(32)),
+        data_collator=collator(tokenizer),
+        compute_metrics=lambda _: {"log_loss": 0.7},
+        **SOFTENING,
+    )
+    assert trainer.evaluate()["eval_log_loss"] == 0.7
+    trainer.log({"aux_loss": 0.5})
+    assert trainer.state.log_history[-1]["aux_loss"] == 0.5
+
+
+def test_a_loss_of_the_users_own_and_a_student_to_come_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is a compute_loss_func; give a student as model, whose loss is this"):
+        DistillationTrainer(student(), arguments(tmp_path), compute_loss_func=print)
+    with pytest.raises(ValueError, match="model is None; give a student as model"):
+        DistillationTrainer(None, arguments(tmp_path), model_init=student)

@@ -576,12 +576,13 @@ def ask_for_page(
         The verdict in one sentence and the table of its answers, as Markdown.
 
     Raises:
-        ValueError: the budget is no time, the folder is a file, or see `verdict`.
+        ValueError: the budget is no time, the folder is a file or has the page of another question, or see `verdict`.
     """
     seconds = seconds_of(budget)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the page.")
     source = Path(config.data).name if config.data else PRESETS[config.preset].data
+    _require_same_question(out, config, measure)
 
     def report(plan: str) -> None:
         print(f"The plan for {source}\n{plan}\n", flush=True)
@@ -589,6 +590,23 @@ def ask_for_page(
     result = verdict(config, budget=seconds, effect=effect, measure=measure, report=report)
     write_page(result, source, out)
     return f"{headline(result)}\n\n{answers_table(result)}"
+
+
+# What a question is about, beside its measure; a budget may cut the rest.
+_QUESTION = (
+    *("preset", "data", "validation_data", "test_data", "text_column", "label_column"),
+    *("teacher_checkpoint", "student_checkpoint"),
+)
+
+
+def _require_same_question(out: Path, config: DistillConfig, measure: str) -> None:
+    """Refuse to write over the page of another question, such as that of another file with the same name."""
+    if not (out / "verdict.json").exists():
+        return
+    stored = artifacts.load_json(out / "verdict.json")
+    asked = {name: getattr(config, name) for name in _QUESTION} | {"measure": measure}
+    if differ := artifacts.differences(stored["config"] | {"measure": stored["measure"]}, asked):
+        raise ValueError(f"{out} holds the page of another verdict, with {', '.join(differ)}; choose another --out.")
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers verdict") -> int:

@@ -6,12 +6,17 @@ precision, gradient accumulation, checkpoints and sharding are not ours.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from kd_helpers.losses import (
     IGNORE_INDEX,
@@ -71,6 +76,10 @@ class CausalDistillationTrainer(TeacherTrainer):
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, **options: Any) -> None:
         super().__init__(model, args, **options)
+        if _counts_positions_itself(self.model):
+            self.student_inputs -= {"position_ids"}
+        if self.teacher is not None and _counts_positions_itself(self.teacher):
+            self.teacher_inputs -= {"position_ids"}
         if self.choices.share > 0:
             _require_whole_weights(self.choices.share, self.is_fsdp_enabled, _zero_stage(self.accelerator.state))
         self.end_id = self._token_that_ends_a_text()
@@ -108,6 +117,10 @@ class CausalDistillationTrainer(TeacherTrainer):
         """The batch, with −100 for every label that does not count, and which tokens are taught."""
         if TAUGHT in inputs:
             return inputs
+        if "position_ids" in inputs and not {"position_ids"} <= self.student_inputs:
+            raise ValueError(
+                "the batch holds position_ids, and the student counts positions itself; pad texts, do not pack them."
+            )
         ids, mask = inputs["input_ids"], _attention(inputs)
         labels = inputs["labels"] if "labels" in inputs else ids.masked_fill(mask == 0, IGNORE_INDEX)
         labels = labels.masked_fill(mask.cumsum(dim=-1) <= 1, IGNORE_INDEX)  # the first token, and what pads before it
@@ -122,6 +135,11 @@ class CausalDistillationTrainer(TeacherTrainer):
         # Not of the process: all of them write, or none does, and so none waits for another.
         if np.random.default_rng([*moment, 0]).random() >= self.choices.share:
             return None
+        if "position_ids" in batch:
+            raise ValueError(
+                f"share is {self.choices.share}, and the batch holds packed texts (position_ids), which the student "
+                "can't continue one by one; set share to 0, or pad texts (DataCollatorWithPadding)."
+            )
         written, counts = written_by_student(
             self.model,
             {"input_ids": batch["input_ids"], "attention_mask": _attention(batch)},
@@ -180,6 +198,14 @@ def _vocabulary(model: nn.Module) -> int:
     return unwrapped(model).config.get_text_config().vocab_size
 
 
+def _counts_positions_itself(model: nn.Module) -> bool:
+    """Whether a model, as RoBERTa, begins to count at the id of its padding, and leaves padding out without help."""
+    return any(
+        name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        for name, module in unwrapped(model).named_modules()
+    )
+
+
 def _require_causal_model(whose: str, model: nn.Module) -> None:
     inner = unwrapped(model)
     name = type(inner).__name__
@@ -187,6 +213,17 @@ def _require_causal_model(whose: str, model: nn.Module) -> None:
         raise ValueError(
             f"the {whose} is a {name}, and CausalDistillationTrainer is for causal language models "
             "(AutoModelForCausalLM); for classifiers use DistillationTrainer."
+        )
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"the {whose} is a {name}, whose tokens see those that they are to predict; take a causal language model."
+        )
+    # Of BERT and its kin, which have masked language models as well, only decoders hide the tokens that follow.
+    beside = vars(sys.modules[type(inner).__module__])
+    if not getattr(inner.config, "is_decoder", True) and any(other.endswith("ForMaskedLM") for other in beside):
+        raise ValueError(
+            f"the {whose} is a {name} that is no decoder, so its tokens see those that they are to predict; set "
+            "is_decoder to True in its configuration."
         )
 
 

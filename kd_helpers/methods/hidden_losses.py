@@ -165,10 +165,15 @@ def attention_scores(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     Another pass within the same block starts the list anew.
 
     Raises:
-        ValueError: the model is no BERT.
+        ValueError: the model is no BERT, or checkpoints its activations: then its first pass has no gradient.
     """
     if model.config.model_type != "bert":
         raise ValueError(f"attention scores are collected from a BERT, this model is a {model.config.model_type}.")
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "gradient checkpointing is on, and with it attention scores have no gradient; call "
+            "gradient_checkpointing_disable() on the model."
+        )
     scores: list[torch.Tensor] = []
     heads = model.config.num_attention_heads
     queries: list[torch.Tensor] = []

@@ -400,6 +400,8 @@ def require_writable(model: PreTrainedModel, prompts: Sequence[Text], new_tokens
         raise ValueError("a prompt has no tokens, or there is none; begin each text with one token at least.")
     longest = max(len(prompt) for prompt in prompts)
     positions = getattr(model.config, "max_position_embeddings", None) or longest + new_tokens
+    if longest >= positions:
+        raise ValueError(f"a prompt has {longest} tokens and the model {positions} positions; shorten the prompts.")
     if longest + new_tokens > positions:
         raise ValueError(
             f"{longest} tokens of a prompt and {new_tokens} new ones are more than the model's {positions} positions; "

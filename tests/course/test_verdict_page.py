@@ -257,3 +257,21 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path, own_artifacts, capsy
         main([f"--out={tmp_path / 'page'}"])
     assert "is a file; choose a folder for the page." in capsys.readouterr().err
     assert Path(tmp_path / "page").is_file()
+
+
+def test_the_page_of_another_question_is_not_written_over(result, tmp_path, own_artifacts, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "texts.csv").write_text("text,label\n")
+    page = own_artifacts / "verdicts" / "texts"
+    write_page(result, "texts.csv", page)
+    written = (page / "verdict.json").read_bytes()
+    own = result["config"]
+    models = [f"--{name}-checkpoint={own[f'{name}_checkpoint']}" for name in ("teacher", "student")]
+    for arguments, differs in (
+        ([str(tmp_path / "other" / "texts.csv")], "data "),
+        ([own["data"], "--measure=macro_recall"], "measure 'accuracy' (now 'macro_recall')"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, *models])
+        assert f"holds the page of another verdict, with {differs}" in capsys.readouterr().err
+    assert (page / "verdict.json").read_bytes() == written

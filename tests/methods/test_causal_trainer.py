@@ -11,11 +11,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.causal_trainer import DATASET, TEXTS, V, arguments, collate, make, sharp, teacher_of, tiny, trained
+from support.causal_trainer import DATASET, PAD, TEXTS, V, arguments, collate, make, sharp, teacher_of, tiny, trained
 from support.models import tiny_bert
 from support.processes import TWO, free_port, path_with_tests
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    DataCollatorWithFlattening,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from kd_helpers.methods import causal_trainer
 from kd_helpers.methods.causal_trainer import CausalDistillationTrainer
@@ -173,7 +185,17 @@ def gpt2(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2, **off))
 
 
-@pytest.mark.parametrize("kind", [tiny, gpt2])
+def roberta(*, seed: int) -> RobertaForCausalLM:
+    """It counts positions itself, from behind the id of its padding."""
+    torch.manual_seed(seed)
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return RobertaForCausalLM(
+        RobertaConfig(vocab_size=V, max_position_embeddings=60, is_decoder=True, pad_token_id=PAD, **size, **off)
+    )
+
+
+@pytest.mark.parametrize("kind", [tiny, gpt2, roberta])
 @pytest.mark.parametrize("labels", [False, True])
 def test_padding_on_the_left_is_padding_on_the_right(tmp_path, kind, labels):
     found = {}
@@ -190,6 +212,31 @@ def test_padding_on_the_left_is_padding_on_the_right(tmp_path, kind, labels):
     for name in (*MEASURES, *(f"eval_{name}" for name in MEASURES)):
         assert logged(found["left"], name) == pytest.approx(logged(found["right"], name), abs=1e-5), name
     same_weights(found["left"].model, found["right"].model)
+
+
+@pytest.mark.parametrize("kind", [tiny, gpt2, roberta])
+def test_a_model_reads_what_it_reads_by_itself(tmp_path, kind):
+    teacher = freeze(kind(seed=1))
+    trainer = make(tmp_path, model=kind(seed=0), teacher_model=teacher)
+    batch = collate()([DATASET[row] for row in range(8)])
+    own = teacher(**batch).logits[batch["attention_mask"] == 1]
+    assert_close(trainer._run_teacher(batch)[batch["attention_mask"] == 1], own)
+
+
+def test_packed_texts_are_not_continued(tmp_path):
+    trainer = make(tmp_path, share=1.0)
+    packed = DataCollatorWithFlattening()([DATASET[row] for row in range(4)])
+    packed["attention_mask"] = torch.ones_like(packed["input_ids"])
+    with pytest.raises(ValueError, match="the batch holds packed texts"):
+        trainer.get_batch_samples(iter([packed]), 1, torch.device("cpu"))
+
+
+def test_a_model_that_counts_positions_itself_takes_no_packed_texts(tmp_path):
+    trainer = make(tmp_path, model=roberta(seed=0), teacher_model=freeze(roberta(seed=1)))
+    packed = DataCollatorWithFlattening()([DATASET[row] for row in range(4)])
+    packed["attention_mask"] = torch.ones_like(packed["input_ids"])
+    with pytest.raises(ValueError, match="the batch holds position_ids, and the student counts positions itself"):
+        trainer.get_batch_samples(iter([packed]), 1, torch.device("cpu"))
 
 
 def test_both_models_are_told_what_is_padding(tmp_path):
@@ -331,6 +378,8 @@ def _in_adapter(name: str) -> str:
 
 # What is refused
 
+BERT = BertConfig(vocab_size=V, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
@@ -345,6 +394,11 @@ def _in_adapter(name: str) -> str:
             r"models \(AutoModelForCausalLM\); for classifiers use DistillationTrainer",
         ),
         (lambda: {"teacher_model": tiny_bert(1)}, "the teacher is a BertForSequenceClassification"),
+        (lambda: {"model": BertForMaskedLM(BERT)}, "the student is a BertForMaskedLM, whose tokens see those that"),
+        (
+            lambda: {"teacher_model": BertLMHeadModel(BERT)},
+            "the teacher is a BertLMHeadModel that is no decoder, .* set is_decoder to True",
+        ),
         (
             lambda: {
                 "model": T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1))
@@ -358,6 +412,10 @@ def _in_adapter(name: str) -> str:
         (
             lambda: {"share": 0.5, "prompt_tokens": 30},
             "30 tokens of a prompt and 6 new ones are more than the model's 32 positions; set new_tokens to at most 2",
+        ),
+        (
+            lambda: {"share": 0.5, "prompt_tokens": 50},
+            "a prompt has 50 tokens and the model 32 positions; shorten the prompts",
         ),
         (lambda: {"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1; set it to 0"),
     ],

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from support.models import tiny_bert
 from torch import nn
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
@@ -312,3 +313,14 @@ def test_layer_mapping(student, teacher, how, expected):
 @pytest.mark.parametrize(("layers", "expected"), [(12, [0, 2, 4, 7, 9, 11]), (6, [0, 2, 5]), (4, [0, 3]), (2, [0])])
 def test_every_second_layer(layers, expected):
     assert every_second_layer(layers) == expected
+
+
+def test_scores_without_a_gradient_are_refused():
+    model = tiny_bert()
+    model.gradient_checkpointing_enable()
+    refused = pytest.raises(ValueError, match="gradient checkpointing is on, and with it attention scores have no grad")
+    with refused, attention_scores(model.train()):
+        pass
+    with attention_scores(model.eval()) as scores:
+        model(torch.tensor([[1, 2]]))
+    assert len(scores) == model.config.num_hidden_layers
