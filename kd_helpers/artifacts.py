@@ -155,6 +155,9 @@ def load_json(path: Path) -> Any:
 class BeingMadeError(RuntimeError):
     """Another process is making a folder or a file at this moment (see `locked`)."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"another process is making {folder}.")
+
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
@@ -175,7 +178,7 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
         try:
             lock.acquire(blocking=wait)
         except filelock.Timeout as held:
-            raise BeingMadeError(f"another process is making {folder}.") from held
+            raise BeingMadeError(folder) from held
     try:
         yield
     finally:

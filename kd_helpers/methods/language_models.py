@@ -333,10 +333,13 @@ def write_texts(
         For each prompt the whole text, the prompt included.
 
     Raises:
+        TypeError: a number is no whole one, or there are several tokens that end a text.
         ValueError: a prompt is empty, the text would be longer than the model has positions, or a number is out of
             range.
     """
     require_whole("batch_size", batch_size, minimum=1)
+    if end_id is not None:
+        require_whole("end_id", end_id, minimum=0)
     require_writable(model, prompts, new_tokens, temperature)
     draws = torch.from_numpy(np.random.default_rng(seed).random((len(prompts), new_tokens), dtype=np.float32))
     texts = [list(prompt) for prompt in prompts]

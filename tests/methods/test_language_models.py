@@ -793,6 +793,8 @@ def test_prompts_and_numbers_that_make_no_text_are_refused(teacher):
         "shorten the prompts.",
     )
     refused(lambda: write_texts(teacher, [[1]], new_tokens=0), "new_tokens is 0; give a whole number of at least 1.")
+    with pytest.raises(TypeError, match=r"end_id is \[2, 3\]; give a whole number of at least 0"):
+        write_texts(teacher, [[1]], new_tokens=1, end_id=[2, 3])
     refused(
         lambda: write_texts(teacher, [[1]], new_tokens=1, temperature=-1.0),
         "temperature is -1.0; give a finite number greater than 0.",
