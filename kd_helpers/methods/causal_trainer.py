@@ -117,7 +117,7 @@ class CausalDistillationTrainer(TeacherTrainer):
         """The batch, with −100 for every label that does not count, and which tokens are taught."""
         if TAUGHT in inputs:
             return inputs
-        if "position_ids" in inputs and not {"position_ids"} <= self.student_inputs:
+        if "position_ids" in inputs and "position_ids" not in self.student_inputs:
             raise ValueError(
                 "the batch holds position_ids, and the student counts positions itself; pad texts, do not pack them."
             )
