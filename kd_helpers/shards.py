@@ -29,7 +29,7 @@ from kd_helpers import artifacts
 from kd_helpers.config import expanded
 from kd_helpers.data import evaluation_batches
 from kd_helpers.losses import IGNORE_INDEX
-from kd_helpers.models import match_tokenizer, model_digest, teacher_forward, unwrapped
+from kd_helpers.models import match_padding, model_digest, teacher_forward, unwrapped
 from kd_helpers.pretrained import tokenizer_digest
 from kd_helpers.provenance import made_by
 
@@ -65,14 +65,14 @@ def cache_shards(
 
     Raises:
         ValueError: the stream has no column `text`, something that is no text or no class number stands in it, its
-            classes are named otherwise than the teacher's, the teacher has too few positions, or the folder was begun
-            with another teacher, tokenizer, number of shards, `max_length` or `precision`.
+            classes are named otherwise than the teacher's, or the folder was begun with another teacher, tokenizer,
+            number of shards, `max_length` or `precision`.
         OSError: the folder can't be written.
     """
     if "text" not in (texts.column_names or ["text"]):
         raise ValueError(f"the texts have the columns {', '.join(texts.column_names)}; rename the right one to 'text'.")
     _require_class_names(texts, teacher)
-    match_tokenizer(teacher, tokenizer, max_length, type(unwrapped(teacher)).__name__)
+    match_padding(unwrapped(teacher), tokenizer)
     folder = Path(expanded(folder, "the folder"))
     # What a launcher tells each of its processes; they need not talk to each other here.
     process, processes = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))

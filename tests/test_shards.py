@@ -207,12 +207,6 @@ def test_a_folder_with_brackets_in_its_name_is_read(tmp_path, teacher, raw, toke
     assert len(list(read_shards(tmp_path / "cache[1]"))) == len(raw)
 
 
-def test_texts_longer_than_the_teacher_reads_are_refused_before_it_runs(tmp_path, teacher, raw, tokenizer):
-    with pytest.raises(ValueError, match=r"max_length is 600, but 'BertForSequenceClassification' has positions for"):
-        cache_shards(teacher, stream(raw), tokenizer, tmp_path / "out", max_length=600)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_teacher_that_looks_for_the_last_token_is_told_which_one_pads(own_artifacts, tmp_path):
     teacher, tokenizer = tiny("gpt2", ("bad", "good"))
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
