@@ -89,9 +89,8 @@ def _labels_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     labels, classes = labels.long(), logits.shape[1]
     if bool((labels == IGNORE_INDEX).any()):
         raise ValueError("some texts have no label, so they can't be scored; leave them out.")
-    if bool(((labels < 0) | (labels >= classes)).any()):
-        wrong = int(labels[(labels < 0) | (labels >= classes)][0])
-        raise ValueError(f"label {wrong} is out of range; labels run from 0 to {classes - 1}.")
+    if len(wrong := labels[(labels < 0) | (labels >= classes)]):
+        raise ValueError(f"label {wrong[0]} is out of range; labels run from 0 to {classes - 1}.")
     if bool(F.log_softmax(logits.float(), dim=-1).isnan().any()):
         raise ValueError("some logits are not finite, so they can't be scored; look at the model that computed them.")
     return labels

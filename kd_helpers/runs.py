@@ -82,8 +82,9 @@ def distill(
     """
     require_whole("checkpoint_steps", checkpoint_steps, minimum=0)
     setup = resolve(config, data)
-    if output_dir is not None and not (Path(expanded(output_dir, "output_dir")) / artifacts.MANIFEST).exists():
-        _require_room_for_a_student(Path(expanded(output_dir, "output_dir")) / "student", config=config)
+    chosen = Path(expanded(output_dir, "output_dir")) if output_dir else None
+    if chosen and not (chosen / artifacts.MANIFEST).exists():  # where a run is finished, it may be this one
+        _require_room_for_a_student(chosen / "student", config=config)
     if teacher_logits is None and config.alpha > 0:
         warn_if_swapped(config)
         teacher_logits = load_teacher_logits(setup, "student_train", checkpoint_steps=checkpoint_steps)
@@ -93,7 +94,7 @@ def distill(
     provenance = provenance_of(setup, teacher_logits)
     key = artifacts.fingerprint(provenance)
     checkpoints = checkpoints_dir(key)
-    folder = Path(expanded(output_dir or artifacts.artifacts_dir() / "runs" / key, "output_dir"))
+    folder = chosen or artifacts.artifacts_dir() / "runs" / key
     with artifacts.locked(checkpoints):
         found = find_run(folder, provenance)
         if not resume:
@@ -116,7 +117,7 @@ def _require_room_for_a_student(student: Path, *, config: DistillConfig) -> None
     """
     for name in ("student_checkpoint", "teacher_checkpoint"):
         checkpoint = getattr(config, name)
-        if checkpoint and Path(expanded(checkpoint, name)).resolve().is_relative_to(student.resolve()):
+        if checkpoint and Path(checkpoint).resolve().is_relative_to(student.resolve()):
             raise ValueError(f"the run would write its student over {name} ({checkpoint}); choose another output_dir.")
     if student.exists() and (others := artifacts.foreign_files(student)):
         raise ValueError(
