@@ -29,7 +29,7 @@ from kd_helpers.config import DistillConfig, require_whole
 from kd_helpers.lean import lean_training
 from kd_helpers.losses import DistillationLoss, distillation_loss
 from kd_helpers.metrics import evaluate
-from kd_helpers.models import Batch, model_inputs, require_teacher_and_student, teacher_forward
+from kd_helpers.models import Batch, model_inputs, reading, require_teacher_and_student, teacher_forward
 from kd_helpers.optim import make_optimizer, make_scheduler
 from kd_helpers.runtime import autocast
 
@@ -150,7 +150,8 @@ def classifier_loss(
 
     def loss_of(batch: Batch) -> DistillationLoss:
         teacher_logits = batch.get("teacher_logits") if teacher is None else teacher_forward(teacher, batch)
-        student_logits = student(**model_inputs(student, batch)).logits
+        with reading(student, batch):
+            student_logits = student(**model_inputs(student, batch)).logits
         device = student_logits.device
         return distillation_loss(
             student_logits,

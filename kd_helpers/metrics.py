@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_helpers.losses import IGNORE_INDEX, require_same_shape
-from kd_helpers.models import Batch, model_inputs
+from kd_helpers.models import Batch, model_inputs, reading
 from kd_helpers.runtime import autocast, evaluating
 
 
@@ -33,7 +33,8 @@ def predict(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype =
     ids, logits, labels = [], [], []
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
         for batch in batches:
-            logits.append(model(**model_inputs(model, batch)).logits.float().cpu())
+            with reading(model, batch):
+                logits.append(model(**model_inputs(model, batch)).logits.float().cpu())
             ids.append(batch["id"])
             labels.append(batch["labels"])
     if not ids:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -447,6 +447,27 @@ def accepted_inputs(model_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters) - {"self", "labels"}
 
 
+@contextlib.contextmanager
+def reading(model: nn.Module, inputs: Batch) -> Iterator[None]:
+    """Around a forward pass: if it fails at texts that are longer than the model's positions, the error says so.
+
+    Raises:
+        ValueError: it does.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        positions = getattr(unwrapped(model).config, "max_position_embeddings", None)
+        tokens = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0
+        # Some tables have two rows that are no positions of tokens (RoBERTa's, BART's).
+        if positions is None or tokens <= positions - 2:
+            raise
+        raise ValueError(
+            f"a text has {tokens:,} tokens (with padding), and the model {type(unwrapped(model)).__name__} has "
+            f"positions for {positions:,} at most; cut texts when you tokenize them (truncation=True, max_length=…)."
+        ) from error
+
+
 def teacher_forward(teacher: PreTrainedModel, batch: Batch, precision: torch.dtype | None = None) -> torch.Tensor:
     """The teacher logits of one batch: float32 `[N, C]`, without gradient.
 
@@ -456,11 +477,12 @@ def teacher_forward(teacher: PreTrainedModel, batch: Batch, precision: torch.dty
         precision: dtype of the matrix products; None computes in the precision of the code around it.
 
     Raises:
-        ValueError: the teacher is in train mode, where dropout makes its logits random.
+        ValueError: the teacher is in train mode, where dropout makes its logits random; or a text is longer than its
+            positions.
     """
     require_eval_mode(teacher)
     as_asked = contextlib.nullcontext() if precision is None else autocast(teacher.device, precision)
-    with torch.no_grad(), as_asked:
+    with torch.no_grad(), as_asked, reading(teacher, batch):
         return teacher(**model_inputs(teacher, batch)).logits.float()
 
 

@@ -27,7 +27,14 @@ from kd_helpers import adapters
 from kd_helpers.config import expanded
 from kd_helpers.loop import require_finite
 from kd_helpers.losses import DistillationLoss
-from kd_helpers.models import accepted_inputs, checkpoint_path, freeze, require_teacher_and_student, unwrapped
+from kd_helpers.models import (
+    accepted_inputs,
+    checkpoint_path,
+    freeze,
+    reading,
+    require_teacher_and_student,
+    unwrapped,
+)
 from kd_helpers.pretrained import NO_CODE, explained, quiet_transformers, require_encoder, require_model_folder, some
 from kd_helpers.trainer_arguments import choices_of
 
@@ -161,9 +168,11 @@ class TeacherTrainer(Trainer):
 
         Raises:
             DivergedError: a loss in training is not finite. The step is not made.
+            ValueError: a text is longer than the positions of one of the models.
         """
         inputs = self._prepared(inputs)
-        outputs = model(**self._inputs_of(self.student_inputs, inputs))
+        with reading(model, inputs):
+            outputs = model(**self._inputs_of(self.student_inputs, inputs))
         rows = len(inputs["labels"]) if model.training else self._rows_not_repeated(len(inputs["labels"]))
         teacher_logits = self._teacher_logits(inputs, training=model.training)
         teacher_logits = None if teacher_logits is None else teacher_logits[:rows]
@@ -271,7 +280,7 @@ class TeacherTrainer(Trainer):
         return teacher
 
     def _run_teacher(self, inputs: Inputs) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), reading(self.teacher, inputs):
             return self.teacher(**self._inputs_of(self.teacher_inputs, inputs)).logits
 
     def _place(self, teacher: PreTrainedModel) -> nn.Module:

@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import safetensors.torch
 import torch
 from support import hub_cache
 from support.architectures import BERT_TOKENS, tiny, wordpiece
+from support.trainer import arguments, collator
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
@@ -34,6 +36,8 @@ from transformers import (
 from kd_helpers import adapters, models, train
 from kd_helpers.config import PACKAGED_MODEL, DistillConfig
 from kd_helpers.data import evaluation_batches, tokenize
+from kd_helpers.loop import classifier_loss
+from kd_helpers.metrics import predict
 from kd_helpers.models import (
     accepted_inputs,
     freeze,
@@ -42,6 +46,7 @@ from kd_helpers.models import (
     match_tokenizer,
     model_inputs,
     save_model,
+    teacher_forward,
     unwrapped,
     warn_if_swapped,
 )
@@ -49,6 +54,7 @@ from kd_helpers.pretrained import some
 from kd_helpers.resolve import resolve
 from kd_helpers.runs import distill
 from kd_helpers.teacher import fine_tuned_teacher, load_teacher_logits
+from kd_helpers.trainer import DistillationTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher is not shown", "ignore:the student .* has")
 
@@ -632,6 +638,49 @@ def test_fewer_positions_than_max_length_are_refused_before_training(
     assert distill(config.replace(max_length=positions), data=small_data).metrics["steps"] == 2
     as_teacher = config.replace(teacher_checkpoint=str(folder), student_checkpoint=str(tmp_path / "teacher"))
     assert f"positions for {positions} tokens" in sentence_of(lambda: distill(as_teacher, data=small_data))
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2", "bart", "opt"])
+def test_a_text_longer_than_the_positions_is_named_wherever_a_model_reads_it(tmp_path, kind):
+    """Whoever tokenizes the texts themselves has no `max_length` that is looked at beforehand."""
+    short, tokenizer = tiny(kind, NAMES, **{"n_positions" if kind == "gpt2" else "max_position_embeddings": 34})
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    ids = torch.full((2, 40), 9)
+    if tokenizer.eos_token_id is not None:  # BART's classifier looks for it
+        ids[:, -1] = tokenizer.eos_token_id
+    mask, labels = torch.ones_like(ids), torch.tensor([0, 1])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "id": torch.arange(2)}
+    texts = datasets.Dataset.from_dict(
+        {name: batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")}
+    )
+
+    def train_with(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+        DistillationTrainer(
+            student,
+            arguments(tmp_path, max_steps=1),
+            teacher_model=teacher,
+            train_dataset=texts,
+            data_collator=collator(tokenizer),
+        ).train()
+
+    for read in (
+        lambda: teacher_forward(freeze(short), batch),
+        lambda: predict(short, [batch]),
+        lambda: classifier_loss(short, temperature=1.0, alpha=0.0)(batch),
+        lambda: train_with(short.train().requires_grad_(True), tiny(kind, NAMES)[0]),
+        lambda: train_with(tiny(kind, NAMES)[0], short),
+    ):
+        sentence = sentence_of(read)
+        assert (
+            f"a text has 40 tokens (with padding), and the model {type(short).__name__} has positions for" in sentence
+        )
+        assert "34 at most; cut texts when you tokenize them (truncation=True, max_length=…)." in sentence
+
+
+def test_another_error_of_a_forward_pass_stays_what_it_is():
+    model, _ = tiny("bert", NAMES)
+    with pytest.raises(IndexError):
+        teacher_forward(freeze(model), {"input_ids": torch.tensor([[10**6, 5]])})
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "xlnet", "deberta-v3", "modernbert", "funnel"])
