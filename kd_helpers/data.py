@@ -36,7 +36,7 @@ PAD_TO_MULTIPLE_OF = 8  # the tile of matrix units on CPUs and GPUs
 _RETWEET = re.compile(r"^\s*RT @\w+:?\s*", re.IGNORECASE)
 _URL = re.compile(r"https?://\S*|\bhttp\b", re.IGNORECASE)
 _MENTION = re.compile(r"@\w+")
-_SPACE = re.compile(r"\s+")
+_NO_WORD = re.compile(r"[\W_]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,13 +423,13 @@ def mask(text: str) -> str:
 
 
 def duplicate_key(text: str) -> str:
-    """What two tweets that say the same have in common.
+    """What two tweets that say the same have in common: their words.
 
-    Lower case, without URLs, without a leading "RT @user:", with every mention the same and single
-    spaces: `RT @cnn: Go! http://t.co/x` and `go!` share a key.
+    Lower case, without URLs, mentions and a leading "RT @user:", without punctuation, with single spaces:
+    `RT @cnn: Go! http://t.co/x` and `@bob go` share a key.
     """
-    without = _URL.sub("", _RETWEET.sub("", text))
-    return _SPACE.sub(" ", _MENTION.sub("@user", without)).strip().lower()
+    without = _MENTION.sub(" ", _URL.sub(" ", _RETWEET.sub("", text)))
+    return _NO_WORD.sub(" ", without).strip().lower()
 
 
 def text_id(key: str) -> int:

@@ -442,7 +442,7 @@ DATA = [
         "more texts than there are",
         lambda world: load_splits(DistillConfig(train_size=20_000, transfer_size=5_000)),
         ValueError,
-        "25,000 training texts were asked for but the pool has 24,449; lower train_size (20,000), transfer_size "
+        "25,000 training texts were asked for but the pool has 24,131; lower train_size (20,000), transfer_size "
         "(5,000) or teacher_train_size (10,000).",
     ),
     Case(

@@ -35,8 +35,8 @@ ONNXRUNTIME_WEB = NpmPackage(
     "sha512-Iy7rtadoBgxS/LLvDr3QW38DB1PNXRnr0GJMcL0TAt7c9qjgVQl83UlGCVyeAnK2InpmW8Uc3PL8XIuqtDeF6g==",
     ("dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm"),
 )
-# The student of the comparison's best arm, and the same student without a teacher.
-DISTILLED = DistillConfig(transfer_size=21_949, max_steps=1000, epochs=3)
+# The student of the tuned teacher and the transfer set, and the same student without a teacher.
+DISTILLED = DistillConfig(transfer_size=21_631, max_steps=1000, epochs=3)
 BASELINE = DistillConfig(max_steps=1000, epochs=3, alpha=0.0)
 EXAMPLES = (
     "What a lovely morning, I feel great!",

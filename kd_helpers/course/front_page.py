@@ -16,7 +16,7 @@ from kd_helpers.course import notebooks
 from kd_helpers.course.contents import Entry, entry, parts
 from kd_helpers.course.numbers import number
 from kd_helpers.course.pages import PageRenderer, inline, page
-from kd_helpers.experiments.comparison import stored_comparison
+from kd_helpers.experiments.comparison import main_arms, stored_comparison
 from kd_helpers.experiments.signals import BASELINE
 from kd_helpers.experiments.study import means, titles
 
@@ -110,8 +110,8 @@ def result_sentence() -> str:
 
 
 def result_chart() -> dict[str, Any]:
-    """The accuracy of the stored comparison's arms and of the teacher: rows, and the ends of the axis as text."""
-    stored = stored_comparison()
+    """The accuracy of the comparison's main arms and of the teacher: rows, and the ends of the axis as text."""
+    stored = main_arms(stored_comparison())
     table = means(stored, "accuracy")
     first, last = table["low"].min() - 0.02, table["high"].max() + 0.02
 

@@ -2,7 +2,7 @@
 
 A number that comes from a stored result is followed by a marker, an HTML comment that no reader sees:
 
-    The tuned teacher's student is 5.6 points<!-- comparison: tuned_teacher - baseline, accuracy --> better
+    The tuned teacher's student is 4.0 points<!-- comparison: tuned_teacher - baseline, accuracy --> better
     (4.8 to 6.5<!-- comparison: tuned_teacher - baseline, accuracy, interval -->).
 
 `make notebooks` writes the numbers, and a test fails where one is stale. The marker names the study, the arm (or the
@@ -54,7 +54,7 @@ def without_marked(text: str) -> str:
 
 
 def number(spec: str) -> str:
-    """What a marker stands for, as it is written: "5.6 points", "4.8 to 6.5", "72.0%", "0.59".
+    """What a marker stands for, as it is written: "4.0 points", "3.3 to 4.7", "74.7%", "0.55".
 
     Args:
         spec: `study: arm, measure`, `study: arm - other arm, measure`, or either with `, interval` at its end. A study

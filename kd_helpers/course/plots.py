@@ -12,6 +12,7 @@ from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kd_helpers.experiments.comparison import main_arms
 from kd_helpers.experiments.study import means, study_table, titles
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -24,6 +25,9 @@ COLOURS = {
     "tuned_teacher": "#D55E00",
     "transfer_set": "#007A59",
     "more_labels": "#000000",
+    "best_epoch": "#6B6B6B",
+    "own_labels": "#56B4E9",
+    "hard_labels": "#8A3B00",
 }
 LINESTYLES = {
     "teacher": "-",
@@ -34,6 +38,9 @@ LINESTYLES = {
     "tuned_teacher": "-",
     "transfer_set": (0, (5, 1)),
     "more_labels": (0, (3, 1, 1, 1)),
+    "best_epoch": "--",
+    "own_labels": "-.",
+    "hard_labels": ":",
 }
 _DOTS_PER_INCH = 160  # sharp on screens with two pixels a point
 _POINTS_PER_INCH = 80  # shown at half of that
@@ -117,7 +124,7 @@ def heat_map(axes: Axes, cells: pd.DataFrame, title: str, *, colours: str, form:
 
 
 def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:
-    """Accuracy of every arm: each seed a tick, the mean a dot with its number, its 95% interval a bar.
+    """Accuracy of the main arms: each seed a tick, the mean a dot with its number, its 95% interval a bar.
 
     Args:
         comparison: what `kd_helpers.experiments.comparison.compare` returns.
@@ -125,6 +132,7 @@ def arms_figure(comparison: dict[str, Any]) -> tuple[Figure, str]:
     Returns:
         The figure, and its description for those who can't see it.
     """
+    comparison = main_arms(comparison)
     teacher, names = comparison["teachers"]["tuned"]["accuracy"], titles(comparison)
     by_seed, summary = study_table(comparison, "accuracy"), means(comparison, "accuracy")
     figure, axis = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2))

@@ -36,7 +36,7 @@ from kd_helpers.teacher import TeacherLogits, attach, cached_logits, fine_tuned_
 
 SEEDS = (0, 1, 2, 3, 4)
 CONFIG = DistillConfig(
-    transfer_size=21_949, max_steps=1000, learning_rate=1e-4, temperature=2.0, alpha=0.9, precision="bfloat16"
+    transfer_size=21_631, max_steps=1000, learning_rate=1e-4, temperature=2.0, alpha=0.9, precision="bfloat16"
 )
 WAYS = ("float32", "bfloat16", "int8")  # of computing what a model predicts
 TARGET = 0.97  # share of texts on which the cascade must agree with the teacher

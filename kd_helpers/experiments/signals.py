@@ -17,6 +17,9 @@ from kd_helpers.resolve import Setup
 from kd_helpers.teacher import TeacherLogits, load_teacher_logits
 
 BASELINE = "baseline"  # the name of the arm that learns from labels alone
+# Of fine-tuning a teacher on the student's 2,500 tweets. With as many steps as the tuned teacher makes (8 epochs) it
+# overfits: on validation its NLL is then 1.06, after 3 epochs 0.60.
+OWN_EPOCHS = 3
 CERTAIN = 1000.0  # a logit beside which the others' probabilities are 0 in float32
 
 
@@ -41,10 +44,7 @@ class Signal:
     transfer: bool = False
 
     def configure(self, config: DistillConfig) -> DistillConfig:
-        """The configuration of this arm, given the one that all arms share.
-
-        A teacher with fewer labels gets as many steps of fine-tuning as the one with all of them.
-        """
+        """The configuration of this arm, given the one that all arms share."""
         config = config.replace(
             temperature=self.temperature,
             alpha=self.alpha,
@@ -54,8 +54,7 @@ class Signal:
         )
         if self.teacher != "own":
             return config
-        epochs = config.teacher_epochs * config.teacher_train_size / config.train_size
-        return config.replace(teacher_train_size=config.train_size, teacher_epochs=max(1, round(epochs)))
+        return config.replace(teacher_train_size=config.train_size, teacher_epochs=OWN_EPOCHS)
 
 
 def signal_logits(signal: Signal, setup: Setup) -> TeacherLogits | None:

@@ -149,7 +149,12 @@ def is_current(result: Mapping[str, Any]) -> bool:
 def origin(result: Mapping[str, Any]) -> str:
     """A sentence or two for readers of a stored result: what made it, when, and whether the code has changed since."""
     made = result["made_with"]
-    changed = "" if is_current(result) else f" The code has changed since (it was version {made['kd_helpers']})."
+    changed = (
+        ""
+        if is_current(result)
+        else " Parts of the code that made it have changed since, and it has not been made again "
+        f"(version then: {made['kd_helpers']})."
+    )
     return f"Made with torch {made['torch']} on {made['date']}.{changed}"
 
 

@@ -372,7 +372,7 @@ def test_a_run_ends_with_the_live_comparison_beside_the_stored_one(own_artifacts
     printed = capsys.readouterr().out
     first, second = printed.split("The full comparison")
     assert "2 arms, 2 seeds, 1,000 optimiser steps a run" in first
-    assert "6 arms, 5 seeds, 1,000 optimiser steps a run" in second
+    assert "14 arms, 5 seeds, 1,000 optimiser steps a run" in second
     gain = 100 * gains(live, "accuracy", over=comparison.BASELINE).loc["tuned_teacher"]
     assert f"{gain.gain:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f})" in first
     assert "Tuned teacher + transfer set" not in first

@@ -289,7 +289,8 @@ def test_predictions_of_few_and_many_classes(classes, tokenizer):
 def test_predictions_figure_draws_every_model():
     found = {name: losses.soft_targets(logits(3), 1.0 + index) for index, name in enumerate(plots.COLOURS)}
     figure, _ = explorers.predictions_figure(found, NAMES)
-    for axis, (name, probabilities) in zip(figure.axes, found.items(), strict=True):
+    drawn = [axis for axis in figure.axes if axis.get_visible()]  # with an odd number of models one panel is empty
+    for axis, (name, probabilities) in zip(drawn, found.items(), strict=True):
         assert [bar.get_width() for bar in axis.patches] == pytest.approx(probabilities.tolist())
         assert {matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in axis.patches} == {plots.COLOURS[name]}
 

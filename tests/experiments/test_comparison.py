@@ -28,6 +28,7 @@ from kd_helpers.experiments.comparison import (
 )
 from kd_helpers.experiments.signals import BASELINE, signal_logits
 from kd_helpers.experiments.study import gains, run_arm
+from kd_helpers.losses import IGNORE_INDEX
 from kd_helpers.metrics import classification_metrics
 from kd_helpers.models import load_student, weights_digest
 from kd_helpers.resolve import resolve
@@ -115,9 +116,36 @@ def test_arms_of_one_seed_differ_in_nothing_but_the_signal():
     starts = {weights_digest(load_student(config, LABEL_NAMES)) for config in configs.values()}
     assert len(starts) == 1
     assert configs["tuned_teacher"].train_size == configs[BASELINE].train_size
-    assert configs["transfer_set"].transfer_size == 21_949
+    assert configs["transfer_set"].transfer_size == 21_631
     assert configs["more_labels"].train_size == 4 * COMPARISON.train_size
     assert configs["untuned_teacher"].teacher_epochs == 0
+    assert configs["own_labels"].teacher_train_size == COMPARISON.train_size
+    soft, hard = (dataclasses.asdict(ARMS[name].recipe) for name in ("tuned_teacher", "hard_labels"))
+    assert {name for name in soft if soft[name] != hard[name]} == {"teacher"}
+
+
+def test_redrawn_labels_are_others_and_the_texts_stay_the_same():
+    whole = DistillConfig(train_size=2500, transfer_size=21_631)
+    before = load_splits(whole)
+    after = [comparison.redrawn(before, seed) for seed in (0, 1)]
+    ids = [set(data.train["id"][:]) for data in (before, *after)]
+    assert len({frozenset(found) for found in ids}) == 3
+    true = dict(zip(before.teacher_train["id"][:], before.teacher_train["label"][:], strict=True))
+    for data in after:
+        assert len(data.train) == 2500
+        assert [true[text] for text in data.train["id"][:]] == data.train["label"][:]
+        assert sorted(data.student_train["id"][:]) == sorted(before.student_train["id"][:])
+        assert set(data.transfer["label"][:]) == {IGNORE_INDEX}
+    assert comparison.redrawn(before, 0).train["id"][:] == after[0].train["id"][:]
+    new = comparison.with_new_texts(before, 14_131)
+    assert not set(new.transfer["id"][:]) & set(before.teacher_train["id"][:])
+    assert len(new.transfer) == 14_131
+    assert new.transfer["id"][:5000] == comparison.with_new_texts(before, 5000).transfer["id"][:]
+    with pytest.raises(ValueError, match="14,132 new texts were asked for, the transfer set has 14,131; ask for fewer"):
+        comparison.with_new_texts(before, 14_132)
+    few = comparison.redrawn(load_splits(whole.replace(transfer_size=0)), 0)
+    assert few.train["id"][:] == after[0].train["id"][:]
+    assert len(few.transfer) == 0
 
 
 def test_a_uniform_teacher_knows_nothing(small_data):
@@ -154,6 +182,23 @@ def test_a_run_measures_and_keeps_its_student(own_artifacts, config):
     assert run_arm(study, "baseline", 1) == runs["baseline"]
 
 
+def test_the_best_epoch_is_that_of_the_baseline_and_chosen_on_validation(own_artifacts, config):
+    config = config.replace(max_steps=12, learning_rate=3e-2)
+    study = comparison_study(config, arms=["baseline", "best_epoch"], seeds=[0])
+    last, best = (run_arm(study, name, 0) for name in study.arms)
+    assert best["history"] == last["history"]
+    by_step = {epoch["step"]: epoch["accuracy"] for epoch in last["history"]}
+    assert len(by_step) == 3
+    assert by_step[best["steps"]] == max(by_step.values())
+    assert best["steps"] == min(step for step, accuracy in by_step.items() if accuracy == max(by_step.values()))
+    if best["steps"] == 12:
+        assert best["predicted"] == last["predicted"]
+    student = load_run(own_artifacts / last["folder"])
+    assert (best["nll"] == student.metrics["test"]["nll"]) == (best["steps"] == 12)
+    assert best["last_nll"] == last["nll"]
+    assert best["last_accuracy"] == last["accuracy"]
+
+
 def provenance_of(config: DistillConfig, arm: str, seed: int) -> dict:
     """That of a run that trains nothing."""
     study = dataclasses.replace(comparison_study(config), run=lambda *_: {})
@@ -164,7 +209,10 @@ def test_everything_that_decides_a_run_is_in_its_provenance(config):
     found = provenance_of(config, "label_smoothing", 3)
     assert found["arm"] == {
         "title": "Label smoothing 0.2",
-        "recipe": {"teacher": "uniform", "temperature": 1.0, "alpha": 0.2, "labels": 1, "transfer": False},
+        "recipe": {
+            **{"teacher": "uniform", "temperature": 1.0, "alpha": 0.2, "labels": 1, "transfer": False},
+            **{"best_epoch": False, "redrawn": False, "new_texts": 0},
+        },
     }
     assert found["seed"] == 3
     choices = found["choices"]
@@ -232,7 +280,8 @@ def test_stored_comparison_fits_the_configuration(stored):
 
 def test_stored_comparison_was_measured(stored):
     datetime.date.fromisoformat(stored["made_with"]["date"])
-    assert len({run["predicted"] for run in stored["runs"]}) == len(stored["runs"])
+    runs = [run for run in stored["runs"] if run["arm"] != "best_epoch"]  # the best epoch may be the baseline's last
+    assert len({run["predicted"] for run in runs}) == len(runs)
     assert {cost["model"] for cost in stored["costs"]} == {"teacher", "student"}
 
 
@@ -241,7 +290,7 @@ def test_stored_comparison_is_complete(stored):
         (arm, seed) for arm in ARMS for seed in COMPARISON_SEEDS
     }
     assert len(stored["runs"]) == len(ARMS) * len(COMPARISON_SEEDS)
-    assert {run["steps"] for run in stored["runs"]} == {COMPARISON.max_steps}
+    assert {run["steps"] for run in stored["runs"] if run["arm"] != "best_epoch"} == {COMPARISON.max_steps}
     assert {"kd_helpers", "python", "torch", "transformers", "date"} <= set(stored["made_with"])
 
 
