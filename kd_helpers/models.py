@@ -456,16 +456,26 @@ def reading(model: nn.Module, inputs: Batch) -> Iterator[None]:
     """
     try:
         yield
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (IndexError, RuntimeError) as error:
-        positions = getattr(unwrapped(model).config, "max_position_embeddings", None)
-        tokens = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0
-        # Some tables have two rows that are no positions of tokens (RoBERTa's, BART's).
-        if positions is None or tokens <= positions - 2:
+        model = unwrapped(model)
+        positions, tokens = _positions(model), inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0
+        if positions is None or tokens <= positions:
             raise
         raise ValueError(
-            f"a text has {tokens:,} tokens (with padding), and the model {type(unwrapped(model)).__name__} has "
+            f"a text has {tokens:,} tokens (with padding), and the model {type(model).__name__} has "
             f"positions for {positions:,} at most; cut texts when you tokenize them (truncation=True, max_length=…)."
         ) from error
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has positions for, if its configuration says so."""
+    rows = getattr(model.config, "max_position_embeddings", None)
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    # RoBERTa and its relatives count from the row after that of padding.
+    return rows if rows is None or padding is None else rows - padding - 1
 
 
 def teacher_forward(teacher: PreTrainedModel, batch: Batch, precision: torch.dtype | None = None) -> torch.Tensor:

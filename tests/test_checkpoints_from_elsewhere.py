@@ -45,6 +45,7 @@ from kd_helpers.models import (
     load_tokenizer,
     match_tokenizer,
     model_inputs,
+    reading,
     save_model,
     teacher_forward,
     unwrapped,
@@ -640,8 +641,11 @@ def test_fewer_positions_than_max_length_are_refused_before_training(
     assert f"positions for {positions} tokens" in sentence_of(lambda: distill(as_teacher, data=small_data))
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2", "bart", "opt"])
-def test_a_text_longer_than_the_positions_is_named_wherever_a_model_reads_it(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "positions"),
+    [("bert", 34), ("distilbert", 34), ("roberta", 32), ("gpt2", 34), ("bart", 34), ("opt", 34)],
+)
+def test_a_text_longer_than_the_positions_is_named_wherever_a_model_reads_it(tmp_path, kind, positions):
     """Whoever tokenizes the texts themselves has no `max_length` that is looked at beforehand."""
     short, tokenizer = tiny(kind, NAMES, **{"n_positions" if kind == "gpt2" else "max_position_embeddings": 34})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -674,13 +678,19 @@ def test_a_text_longer_than_the_positions_is_named_wherever_a_model_reads_it(tmp
         assert (
             f"a text has 40 tokens (with padding), and the model {type(short).__name__} has positions for" in sentence
         )
-        assert "34 at most; cut texts when you tokenize them (truncation=True, max_length=…)." in sentence
+        assert f" {positions} at most; cut texts when you tokenize them (truncation=True, max_length=…)." in sentence
 
 
 def test_another_error_of_a_forward_pass_stays_what_it_is():
     model, _ = tiny("bert", NAMES)
     with pytest.raises(IndexError):
         teacher_forward(freeze(model), {"input_ids": torch.tensor([[10**6, 5]])})
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_text_that_is_too_long():
+    model, _ = tiny("bert", NAMES, max_position_embeddings=34)
+    with pytest.raises(torch.cuda.OutOfMemoryError), reading(model, {"input_ids": torch.full((1, 40), 9)}):
+        raise torch.cuda.OutOfMemoryError("no memory is left")
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "xlnet", "deberta-v3", "modernbert", "funnel"])
