@@ -26,6 +26,7 @@ from kd_helpers.experiments import (
     deployment,
     distilbert,
     language_models,
+    patience,
     rationales,
     settings,
     studies,
@@ -300,6 +301,7 @@ def test_what_made_a_result_is_told():
 
 MODULES = {
     "comparison": comparison,
+    "patience": patience,
     "dark_knowledge": dark_knowledge,
     "distilbert": distilbert,
     "tinybert": tinybert,
@@ -312,6 +314,7 @@ MODULES = {
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
+    "patience": comparison.COMPARISON_SEEDS,
     "dark_knowledge": dark_knowledge.SEEDS,
     "distilbert": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
@@ -322,7 +325,10 @@ SEEDS = {
     "verdict_study": verdict_study.SEEDS,
     "settings": settings.SEEDS,
 }
-ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
+ARMS_OF = {name: module.ARMS for name, module in MODULES.items() if hasattr(module, "ARMS")} | {
+    "rationales": rationales.ARMS["knowledge"],
+    "patience": patience.texts_study().arms,
+}
 
 
 def test_every_study_that_can_be_made_is_stored():
@@ -340,7 +346,12 @@ def test_a_stored_study_has_the_arms_of_today(name):
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
     assert titles(stored) == {arm: described.title for arm, described in arms.items()}
-    of_study = {"language_models": "nats", "deployment": "int8_accuracy", "verdict_study": "pays"}
+    of_study = {
+        "distilbert": "nats",
+        "language_models": "nats",
+        "deployment": "int8_accuracy",
+        "verdict_study": "pays",
+    }
     measure = of_study.get(name, "accuracy")
     assert list(study_table(stored, measure)) == list(arms)
 
@@ -383,17 +394,26 @@ def test_the_parts_of_the_survey_are_complete(part, arms, seeds):
 @pytest.mark.parametrize(("name", "module"), [("distilbert", distilbert), ("tinybert", tinybert)])
 def test_a_stored_study_was_made_with_the_choices_of_today(name, module):
     choices = stored_study(name)["choices"]
-    config = DistillConfig(**choices["config"])
-    if name == "tinybert":  # made when fewer copies were found, so that more texts were left
-        config = config.replace(transfer_size=module.CONFIG.transfer_size)
-    assert config == module.CONFIG
-    assert choices["steps"] == module.STEPS
+    assert DistillConfig(**choices["config"]) == module.CONFIG
     if name == "distilbert":
-        assert choices["adaptation_steps"] == 600
-        assert choices["second_distillation"] == distilbert.SECOND_DISTILLATION
+        assert choices["steps"] == distilbert.STEPS
+        assert choices["tasks"] == {task: described._asdict() for task, described in distilbert.TASKS.items()}
     else:
         assert choices["copies"] == tinybert.COPIES
-        assert choices["learning_rates"] == tinybert.LEARNING_RATES
+        assert choices["weights"] == tinybert.WEIGHTS
+
+
+def test_the_parts_of_tinybert_and_the_lengths_of_patience_are_complete():
+    parts, seeds = stored_study("tinybert")["parts"], tinybert.PART_SEEDS
+    assert {(run["arm"], run["seed"]) for run in parts["runs"]} == {
+        (arm, seed) for arm in tinybert.PARTS for seed in seeds
+    }
+    for steps in patience.STEPS:
+        stored = stored_study("patience")[f"{steps}_steps"]
+        assert stored["choices"]["config"]["max_steps"] == steps
+        assert {(run["arm"], run["seed"]) for run in stored["runs"]} == {
+            (arm, seed) for arm in patience.ARMS_BY_STEPS for seed in patience.SEEDS
+        }
 
 
 def test_the_stored_digits_were_made_with_the_choices_of_today():
