@@ -68,10 +68,9 @@ notebooks: $(READY) ## run every notebook and store its outputs in place, and it
 	$(BIN)/python -m kd_helpers course store
 	$(BIN)/python -m kd_helpers course readme
 
-results: $(READY) ## make the full comparison again: 14 arms, 5 seeds, about two hours; resumes where it stopped
+results: $(READY) ## make the full comparison again: 14 arms, 5 seeds, two hours or, without bfloat16, seven; resumes where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study comparison & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study comparison && wait $$!
-
 	$(BIN)/python -m kd_helpers course readme
 
 sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quarters of an hour; resumes where it stopped
