@@ -214,7 +214,7 @@ class Try:
 
 
 def tries_study(ground: Ground, tries: Mapping[str, Try], *, steps: int = STEPS) -> Study:
-    """Runs have `nats` on validation; where rates for tasks are tried, the NLL there as `TASK RATE`."""
+    """Runs have `nats` on validation; where rates for tasks are tried, the accuracy there as `TASK RATE`."""
 
     def run(tried: Try, seed: int, _folder: Path) -> dict[str, float]:
         student = train_language(tried.route, ground, tried.rate, seed=seed, steps=steps)
@@ -224,7 +224,7 @@ def tries_study(ground: Ground, tries: Mapping[str, Try], *, steps: int = STEPS)
         found = {}
         for name, rate in itertools.product(tried.tasks, TASK_RATES):
             classifier = train_task(student, tried.route, TASKS[name], ground, rate, seed=seed)
-            found[f"{name} {rate:g}"] = measure_task(classifier, ground, validation)["nll"]
+            found[f"{name} {rate:g}"] = measure_task(classifier, ground, validation)["accuracy"]
         return found
 
     arms = {name: Arm(name, tried) for name, tried in tries.items()}
@@ -232,7 +232,7 @@ def tries_study(ground: Ground, tries: Mapping[str, Try], *, steps: int = STEPS)
 
 
 def choose_rates(ground: Ground, arms: Mapping[str, Arm], *, steps: int = STEPS) -> dict[str, Rates]:
-    """Of every arm the rates that are best on validation: by the language loss, then by the NLL of each task."""
+    """Of every arm the rates that are best on validation: by the language loss, then by the accuracy of each task."""
     routes = {name: arm.recipe for name, arm in arms.items()}
     tried = {
         f"{name}, {rate:g}": Try(route, rate)
@@ -249,10 +249,10 @@ def choose_rates(ground: Ground, arms: Mapping[str, Arm], *, steps: int = STEPS)
     }
     tasks = {name: tuple(task for task in route.tasks if task in TUNED) for name, route in routes.items()}
     tried = {name: Try(route, language[name], tasks[name]) for name, route in routes.items()}
-    nll = {run["arm"]: run for run in run_study(tries_study(ground, tried, steps=steps))["runs"]}
+    accuracy = {run["arm"]: run for run in run_study(tries_study(ground, tried, steps=steps))["runs"]}
 
     def best(arm: str, task: str) -> float:
-        return min(TASK_RATES, key=lambda rate: nll[arm][f"{task} {rate:g}"])
+        return max(TASK_RATES, key=lambda rate: accuracy[arm][f"{task} {rate:g}"])
 
     return {name: Rates(language[name], {task: best(name, task) for task in tasks[name]}) for name in routes}
 

@@ -120,7 +120,7 @@ class Rates(NamedTuple):
 TRIED = {
     "narrow": {
         "prediction": (5e-4, 1e-3, 2e-3, 4e-3),
-        "labels": (5e-4, 1e-3, 2e-3, 4e-3),
+        "labels": (2.5e-4, 5e-4, 1e-3, 2e-3),
         "layers": (1e-3, 2e-3, 4e-3, 8e-3),
     },
     "half": {"prediction": (5e-5, 1e-4, 2e-4, 4e-4), "layers": (5e-5, 1e-4, 2e-4, 4e-4)},
@@ -225,7 +225,10 @@ def tries_study(material: Material, arms: Mapping[str, Arm], *, copies: int = CO
 
 
 def choose_rates(material: Material, student: str, *, copies: int = COPIES, length: int = 1200) -> Rates:
-    """The rates of a student with the lowest NLL on validation; those for layers after those for logits."""
+    """The rates of a student that are most accurate on validation; those for layers after those for logits.
+
+    Accuracy is what the arms are compared by. NLL would choose for labels alone a rate at which little is learned.
+    """
     stages_of = {
         "prediction": logits_only(student=student, length=length),
         "labels": logits_only(student=student, length=length, texts="train", alpha=0.0),
@@ -235,8 +238,8 @@ def choose_rates(material: Material, student: str, *, copies: int = COPIES, leng
     for stage, rates in TRIED[student].items():
         tries = {f"{stage} {rate:g}": Try(stages_of[stage], found._replace(**{stage: rate})) for rate in rates}
         arms = {name: Arm(name, tried) for name, tried in tries.items()}
-        nll = study_table(run_study(tries_study(material, arms, copies=copies)), "nll").loc[PILOT_SEED]
-        found = tries[nll.idxmin()].rates
+        accuracy = study_table(run_study(tries_study(material, arms, copies=copies)), "accuracy").loc[PILOT_SEED]
+        found = tries[accuracy.idxmax()].rates
     return found
 
 
