@@ -3,7 +3,7 @@
 A number that comes from a stored result is followed by a marker, an HTML comment that no reader sees:
 
     The tuned teacher's student is 4.0 points<!-- comparison: tuned_teacher - baseline, accuracy --> better
-    (4.8 to 6.5<!-- comparison: tuned_teacher - baseline, accuracy, interval -->).
+    (3.3 to 4.7<!-- comparison: tuned_teacher - baseline, accuracy, interval -->).
 
 `make notebooks` writes the numbers, and a test fails where one is stale. The marker names the study, the arm (or the
 arm minus another, seed by seed), the measure, and, for its 95% interval, `interval`.
