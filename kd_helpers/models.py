@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -456,12 +457,10 @@ def reading(model: nn.Module, inputs: Batch) -> Iterator[None]:
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        raise
     except (IndexError, RuntimeError) as error:
         model = unwrapped(model)
         positions, tokens = _positions(model), inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0
-        if positions is None or tokens <= positions:
+        if positions is None or tokens <= positions or should_reduce_batch_size(error):
             raise
         raise ValueError(
             f"a text has {tokens:,} tokens (with padding), and the model {type(model).__name__} has "
