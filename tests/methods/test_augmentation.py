@@ -138,10 +138,12 @@ def test_copies_have_no_label_and_are_like_no_other_text(own_artifacts, few, tok
     assert augmented_texts(few, language, tokenizer, copies=3, count=5, seed=1)["text"][:] != made["text"][:]
 
 
-def test_a_copy_that_is_a_held_out_text_is_left_out(own_artifacts, few, tokenizer, language, monkeypatch):
+def test_a_copy_like_its_text_or_a_held_out_one_is_left_out(own_artifacts, few, tokenizer, language, monkeypatch):
     held_out = few.test["text"][0]
-    monkeypatch.setattr(augmentation, "replace_words", lambda text, *_, **__: f"@someone {text}")
+    monkeypatch.setattr(augmentation, "replace_words", lambda text, *_, **__: f"indeed {text}")
     assert len(augmented_texts(few, language, tokenizer, copies=1, count=1)) == 6
+    monkeypatch.setattr(augmentation, "replace_words", lambda text, *_, **__: f"@someone {text}!")
+    assert len(augmented_texts(few, language, tokenizer, copies=1, count=1, seed=1)) == 0, "like the text itself"
     monkeypatch.setattr(augmentation, "replace_words", lambda *_, **__: held_out.upper())
     made = augmented_texts(few, language, tokenizer, copies=2, count=2)
     assert duplicate_key(held_out) not in map(duplicate_key, made["text"][:])

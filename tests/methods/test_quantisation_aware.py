@@ -81,7 +81,7 @@ def test_the_rounding_is_that_of_onnxruntime(tmp_path, tokenized, tokenizer):
     for parameter in model.parameters():
         parameter.data *= 4
     write_onnx(model, tokenizer, tmp_path, max_length=24, int8=True)
-    rows = [tokenized.select([index]) for index in range(8)]
+    rows = [tokenized.select([index]) for index in range(16)]
     columns = ("id", "input_ids", "attention_mask", "token_type_ids")
     alone = [{name: torch.tensor(row[name][:]) for name in columns} for row in rows]
     alone = [batch | {"labels": torch.zeros(1, dtype=torch.long)} for batch in alone]
@@ -94,4 +94,5 @@ def test_the_rounding_is_that_of_onnxruntime(tmp_path, tokenized, tokenizer):
     assert float((predict(model, alone).logits - graph).abs().max()) > 5e-3
     with rounded_layers(model):
         rounded = predict(model, alone).logits
-    assert_close(rounded, graph, rtol=1e-4, atol=1e-4)
+    differ = (rounded - graph).abs().amax(dim=1) > 1e-5
+    assert int(differ.sum()) <= 1, "a number just between two steps may be rounded up here and down there"
