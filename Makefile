@@ -43,7 +43,7 @@ test: $(READY) lint ## style, unit tests, papermill, and every notebook compared
 	$(NBVAL) notebooks
 
 coverage: RUNNER := coverage run
-coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_helpers must have run; a quarter of an hour
+coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_helpers must have run; a little longer than `make test`
 	mkdir -p artifacts/coverage && rm -f artifacts/coverage/*
 	$(PYTEST) --dist worksteal tests
 	$(NBVAL) notebooks
