@@ -100,7 +100,7 @@ study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verd
 stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, minutes on a GPU, else hours; resumes where it stopped
 	$(BIN)/python -m kd_helpers stories
 
-explanations: $(READY) ## let SmolLM2-135M explain the tweets of chapter 14 again, a quarter of an hour; resumes where it stopped
+explanations: $(READY) ## let SmolLM2-135M explain the tweets of chapter 14 again, a quarter to half an hour; resumes where it stopped
 	$(BIN)/python -m kd_helpers explanations
 
 benchmark: $(READY) ## time the loop against the usual ways, and how fast models answer; twenty minutes on an idle machine
