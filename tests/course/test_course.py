@@ -56,8 +56,12 @@ def test_readme_and_docs_show_what_is_stored(name, page, content, figure):
     assert (notebooks.ROOT / page).parent.joinpath(figure).exists()
 
 
-def test_the_full_table_is_that_of_the_stored_comparison():
-    assert block("table", "results", "docs/results.md") == readme.results_table()
+def test_the_full_tables_are_those_of_the_stored_comparison():
+    tables = readme.results_tables()
+    assert block("table", "results", "docs/results.md") == tables
+    gain = 100 * gains(comparison.stored_comparison(), "accuracy", over="hard_labels").loc["tuned_teacher"]
+    row = next(row for row in tables.splitlines() if row.startswith("| Tuned teacher | Tuned teacher, hard labels |"))
+    assert row.endswith(f"| {gain.gain:.1f} points | {gain.low:.1f} to {gain.high:.1f} |")
 
 
 def test_readme_shows_the_notebooks_and_their_questions():
