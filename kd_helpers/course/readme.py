@@ -144,19 +144,27 @@ def results_tables() -> str:
         f"| *the teacher itself* | {teacher['accuracy']:.1%} | {teacher['nll']:.2f} | {teacher['ece']:.3f} | |",
     ]
     hidden = config["teacher_train_size"] - config["train_size"]
+    learned = f"{config['train_size']:,}"
+    terms = {
+        "Best epoch": "the baseline, measured after the epoch with the best accuracy on validation.",
+        "Label smoothing": "every label mixed with equal probabilities, without a teacher.",
+        "Untuned teacher": "its classification head is random.",
+        "Teacher of the same labels": f"fine-tuned on the student's {learned} labels alone.",
+        "Tuned teacher": f"fine-tuned on {config['teacher_train_size']:,} labelled tweets: the student's, and "
+        f"{hidden:,} that are in the transfer set without their labels.",
+        "Hard labels": "the teacher's most probable class gets probability 1; at T = 2 this makes logits too large, so "
+        "NLL and ECE of these students say little.",
+        "Transfer set": f"{config['transfer_size']:,} tweets without labels.",
+        "Labels redrawn": "each seed has other labelled tweets, so the intervals cover this choice, too.",
+    }
     notes = [
         f"Test split, mean of {len(stored['seeds'])} seeds ± half a 95% interval. Every arm is trained for "
-        f"{config['max_steps']:,} steps and has {config['train_size']:,} labelled tweets, or "
-        f"{comparison.ARMS['more_labels'].recipe.labels} times as many where the table says so. Where they are "
-        "*redrawn*, each seed has other ones, and the intervals cover this choice, too. The transfer set has "
-        f"{config['transfer_size']:,} tweets without labels.",
-        f"The teacher learned {config['teacher_train_size']:,} labelled tweets: the student's, and {hidden:,} that are "
-        "in the transfer set without their labels.",
-        "*Best epoch*: the baseline, measured after the epoch with the best accuracy on validation. *Label smoothing*: "
-        "every label mixed with equal probabilities, without a teacher. *Untuned teacher*: its classification head is "
-        f"random. *Teacher of the same labels*: fine-tuned on the student's {config['train_size']:,} labels alone. "
-        "*Hard labels*: the teacher's most probable class gets probability 1; at T = 2 this makes logits too large, so "
-        "NLL and ECE of these students say little. All teachers are used with T = 2 and alpha = 0.9.",
+        f"{config['max_steps']:,} steps and has {learned} labelled tweets, or "
+        f"{comparison.ARMS['more_labels'].recipe.labels} times as many where the table says so. All teachers are used "
+        "with T = 2 and alpha = 0.9.",
+        "",
+        *(f"- *{term}*: {meaning}" for term, meaning in terms.items()),
+        "",
         origin(stored),
     ]
     return "\n".join([*table, "", *notes, "", *_differences()])
