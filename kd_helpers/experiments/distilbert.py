@@ -1,7 +1,7 @@
 """The study of chapter 11: what distilling a language model brings, with and without its teacher.
 
 Every student makes as many steps on texts without labels, unless it is there to show what more of them do, and is
-then fine-tuned for a task with few labels or many. Each learning rate is chosen once, on validation, with a seed that
+then fine-tuned for a task with few labels or many. Each learning rate is chosen once, on validation, with seeds that
 the study does not use.
 """
 
@@ -20,7 +20,7 @@ from transformers import BertForMaskedLM, PreTrainedModel
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import corpus_digest, evaluation_batches, read_corpus, tokenize
-from kd_helpers.experiments.study import Arm, Study, run_study
+from kd_helpers.experiments.study import Arm, Study, run_study, study_table
 from kd_helpers.methods import distilbert
 from kd_helpers.methods.distilbert import WEIGHTS, Weights
 from kd_helpers.metrics import evaluate
@@ -32,11 +32,12 @@ from kd_helpers.teacher import TeacherLogits, load_teacher_logits
 MODULE = "kd_helpers.experiments.distilbert"
 CONFIG = DistillConfig(train_size=2500, transfer_size=21_631, warmup_ratio=0.1, temperature=2.0, alpha=0.9)
 SEEDS = (0, 1, 2, 3, 4)
-PILOT_SEED = 100
+# Of the tries. Nats hardly depend on the seed; accuracy after a task does, so it is the mean over three.
+LANGUAGE_PILOT_SEEDS, TASK_PILOT_SEEDS = (100,), (100, 101, 102)
 STEPS, TASK_STEPS = 400, 200  # on texts without labels, and for the task
 LONGER = 1.5  # times the steps: what a step with the teacher costs of one without it, about
 ADAPTATION_STEPS = 3000  # of the packaged teacher, on all texts of the pool
-LANGUAGE_RATES = (2e-4, 5e-4, 1e-3)
+LANGUAGE_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 TASK_RATES = (5e-5, 1e-4, 3e-4, 1e-3)
 
 
@@ -66,8 +67,6 @@ ALL_STEPS = {
     "all_transfer_500": Task(500, distilled=True, transfer=True, steps=STEPS + TASK_STEPS),
 }
 TASKS = CURVE | DISTILLED | ALL_STEPS
-# Tasks with a learning rate of their own; those with other numbers of labels take that of `FEW`.
-TUNED = (FEW, *DISTILLED, *ALL_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +92,14 @@ class Route:
 _RANDOM = (*CURVE, "all_labels_500")
 _ALONE = Weights(soft=0, language=1, cosine=0)
 ARMS: dict[str, Arm] = {
-    "triple": Arm("All three losses", Route(tasks=(*CURVE, *DISTILLED))),
+    "triple": Arm("All three losses", Route(tasks=(*CURVE, *DISTILLED, "all_transfer_500"))),
     "language": Arm("Language loss alone", Route(_ALONE, tasks=(*CURVE,))),
     "language_longer": Arm("Language loss alone, 1.5 × the steps", Route(_ALONE, times=LONGER)),
     "no_soft": Arm("Without the soft loss", Route(Weights(soft=0))),
     "no_cosine": Arm("Without the cosine loss", Route(Weights(cosine=0))),
     "no_language": Arm("Without the language loss", Route(Weights(language=0))),
-    "none": Arm("The teacher's layers as they are", Route(None, tasks=(*TASKS,))),
+    "packaged_language": Arm("The checkpoint's layers, language loss alone", Route(_ALONE, adapted=False)),
+    "none": Arm("The teacher's layers as they are", Route(None, tasks=(*CURVE, *ALL_STEPS))),
     "packaged": Arm("The checkpoint's layers as they are", Route(None, adapted=False, tasks=(FEW, *ALL_STEPS))),
     "random_triple": Arm("Random start, all three losses", Route(random_start=True, tasks=(*CURVE,))),
     "random_language": Arm("Random start, language loss alone", Route(_ALONE, random_start=True)),
@@ -108,14 +108,10 @@ ARMS: dict[str, Arm] = {
 
 
 class Rates(NamedTuple):
-    """Peak learning rates: on texts without labels, and for the tasks of `TUNED` that a route has."""
+    """Peak learning rates: on texts without labels, and for each task of a route."""
 
     language: float
     tasks: Mapping[str, float]
-
-    def of(self, task: str) -> float:
-        """For a task."""
-        return self.tasks.get(task, self.tasks[FEW])
 
 
 class Ground(NamedTuple):
@@ -213,7 +209,7 @@ class Try:
     tasks: tuple[str, ...] = ()
 
 
-def tries_study(ground: Ground, tries: Mapping[str, Try], *, steps: int = STEPS) -> Study:
+def tries_study(ground: Ground, tries: Mapping[str, Try], seeds: tuple[int, ...], *, steps: int = STEPS) -> Study:
     """Runs have `nats` on validation; where rates for tasks are tried, the accuracy there as `TASK RATE`."""
 
     def run(tried: Try, seed: int, _folder: Path) -> dict[str, float]:
@@ -228,33 +224,49 @@ def tries_study(ground: Ground, tries: Mapping[str, Try], *, steps: int = STEPS)
         return found
 
     arms = {name: Arm(name, tried) for name, tried in tries.items()}
-    return Study("distilbert_rates", MODULE, arms, (PILOT_SEED,), choices(ground, steps), run)
+    return Study("distilbert_rates", MODULE, arms, seeds, choices(ground, steps), run)
 
 
-def choose_rates(ground: Ground, arms: Mapping[str, Arm], *, steps: int = STEPS) -> dict[str, Rates]:
-    """Of every arm the rates that are best on validation: by the language loss, then by the accuracy of each task."""
+def choose_rates(
+    ground: Ground, arms: Mapping[str, Arm], *, steps: int = STEPS
+) -> tuple[dict[str, Rates], dict[str, Any]]:
+    """Of every arm the rates that are best on validation: by the language loss, then by the accuracy of each task.
+
+    Returns:
+        The rates by arm; and what they were chosen by, means over the pilot seeds: `nats` by arm and rate, and
+        `accuracy` by arm, then by task and rate.
+    """
     routes = {name: arm.recipe for name, arm in arms.items()}
     tried = {
-        f"{name}, {rate:g}": Try(route, rate)
+        f"{name} {rate:g}": Try(route, rate)
         for name, route in routes.items()
         if route.weights is not None
         for rate in LANGUAGE_RATES
     }
-    nats = {run["arm"]: run["nats"] for run in run_study(tries_study(ground, tried, steps=steps))["runs"]}
+    nats = study_table(run_study(tries_study(ground, tried, LANGUAGE_PILOT_SEEDS, steps=steps)), "nats").mean()
     language = {
         name: LANGUAGE_RATES[0]
         if route.weights is None
-        else min(LANGUAGE_RATES, key=lambda rate, name=name: nats[f"{name}, {rate:g}"])
+        else min(LANGUAGE_RATES, key=lambda rate, name=name: nats[f"{name} {rate:g}"])
         for name, route in routes.items()
     }
-    tasks = {name: tuple(task for task in route.tasks if task in TUNED) for name, route in routes.items()}
-    tried = {name: Try(route, language[name], tasks[name]) for name, route in routes.items()}
-    accuracy = {run["arm"]: run for run in run_study(tries_study(ground, tried, steps=steps))["runs"]}
+    tried = {name: Try(route, language[name], route.tasks) for name, route in routes.items()}
+    runs = run_study(tries_study(ground, tried, TASK_PILOT_SEEDS, steps=steps))["runs"]
+    accuracy = {
+        name: {
+            f"{task} {rate:g}": float(np.mean([run[f"{task} {rate:g}"] for run in runs if run["arm"] == name]))
+            for task, rate in itertools.product(route.tasks, TASK_RATES)
+        }
+        for name, route in routes.items()
+    }
 
     def best(arm: str, task: str) -> float:
         return max(TASK_RATES, key=lambda rate: accuracy[arm][f"{task} {rate:g}"])
 
-    return {name: Rates(language[name], {task: best(name, task) for task in tasks[name]}) for name in routes}
+    rates = {
+        name: Rates(language[name], {task: best(name, task) for task in route.tasks}) for name, route in routes.items()
+    }
+    return rates, {"nats": nats.to_dict(), "accuracy": accuracy}
 
 
 # --- the study ---
@@ -266,6 +278,7 @@ def choices(ground: Ground, steps: int) -> dict[str, Any]:
     return {
         "config": config.replace(seed=0).to_dict(),  # each run has a seed of its own
         "steps": steps,
+        "adaptation_steps": ADAPTATION_STEPS,
         "teacher": model_digest(ground.teacher),
         "teacher_logits": ground.logits.digest(),
         "tasks": {name: task._asdict() for name, task in TASKS.items()},
@@ -283,20 +296,23 @@ def distilbert_study(
 ) -> Study:
     """Train on texts without labels (or don't), then for each task of the route.
 
-    Runs have `seconds` on texts without labels; `nats` and `language_accuracy` on test, of masked tokens; and for each
-    task of the route `TASK_accuracy` and `TASK_nll` on test.
+    Runs have `nats` and `language_accuracy` on test, of masked tokens; for each task of the route `TASK_accuracy` and
+    `TASK_nll` on test; and `seconds` and `TASK_seconds`, the processor time of the training on texts without labels and
+    for the task, summed over threads. What else the machine does hardly changes it.
     """
     rates_of = {arms[name].recipe: found for name, found in rates.items()}
 
     def run(route: Route, seed: int, _folder: Path) -> dict[str, float]:
-        started = time.perf_counter()
+        started = time.process_time()
         student = train_language(route, ground, rates_of[route].language, seed=seed, steps=steps)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         test = ground.setup.data.test
         predicted = measure_language(student, ground, test)
         measures = {"seconds": seconds, "nats": predicted["loss"], "language_accuracy": predicted["accuracy"]}
         for name in route.tasks:
-            classifier = train_task(student, route, TASKS[name], ground, rates_of[route].of(name), seed=seed)
+            started = time.process_time()
+            classifier = train_task(student, route, TASKS[name], ground, rates_of[route].tasks[name], seed=seed)
+            measures[f"{name}_seconds"] = time.process_time() - started
             measures |= {f"{name}_{what}": value for what, value in measure_task(classifier, ground, test).items()}
         return measures
 
@@ -307,8 +323,8 @@ def distilbert_study(
 def study() -> dict[str, Any]:
     """Every arm with every seed.
 
-    Beside what `run_study` returns: `teachers`, how well the language teacher predicts on test with and without
-    adaptation.
+    Beside what `run_study` returns: `tries`, what the learning rates were chosen by (see `choose_rates`), and
+    `teachers`, how well the language teacher predicts on test with and without adaptation.
     """
     ground = prepare(CONFIG, adaptation_steps=ADAPTATION_STEPS)
     setup = ground.setup
@@ -318,6 +334,7 @@ def study() -> dict[str, Any]:
         "600 steps": distilbert.language_teacher(setup),
         "all texts, 3,000 steps": ground.teacher,
     }
-    result = run_study(distilbert_study(ground, choose_rates(ground, ARMS)))
+    rates, tries = choose_rates(ground, ARMS)
+    result = run_study(distilbert_study(ground, rates))
     measured = {name: measure_language(model, ground, setup.data.test) for name, model in teachers.items()}
-    return result | {"teachers": measured}
+    return result | {"tries": tries, "teachers": measured}

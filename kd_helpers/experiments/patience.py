@@ -12,29 +12,28 @@ from typing import Any
 
 import pandas as pd
 
-from kd_helpers.experiments.comparison import ARMS, COMPARISON, COMPARISON_SEEDS, comparison_study
+from kd_helpers.experiments.comparison import ARMS, COMPARISON, comparison_study
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
 
 STEPS = (125, 250, 500, 1000, 2000, 4000)
 # The baseline is measured at its best epoch and, in the same run, at its end.
 ARMS_BY_STEPS = ("best_epoch", "tuned_teacher", "transfer_set")
-SEEDS = COMPARISON_SEEDS[:3]  # of the lengths; a run of 4,000 steps takes four times as long as one of the comparison
 NEW_TEXTS = (2500, 5000, 10_000, 14_131)  # in the last, all that the teacher was not fine-tuned on
 
 
 def length_study(steps: int) -> Study:
     """Three arms of the comparison, trained for so many steps."""
-    return comparison_study(COMPARISON.replace(max_steps=steps), arms=ARMS_BY_STEPS, seeds=SEEDS)
+    return comparison_study(COMPARISON.replace(max_steps=steps), arms=ARMS_BY_STEPS)
 
 
 def texts_study() -> Study:
-    """Students of the tuned teacher with so many further texts that are new to it, and with none."""
+    """Students of the tuned teacher with so many further texts that are new to it, with none, and with all."""
     recipe = ARMS["transfer_set"].recipe
     further = {
         f"new_texts_{count}": Arm(f"{count:,} new texts", dataclasses.replace(recipe, new_texts=count))
         for count in NEW_TEXTS
     }
-    arms = {"tuned_teacher": ARMS["tuned_teacher"], **further}
+    arms = {"tuned_teacher": ARMS["tuned_teacher"], **further, "transfer_set": ARMS["transfer_set"]}
     return dataclasses.replace(comparison_study(COMPARISON), arms=arms)
 
 

@@ -17,10 +17,11 @@ from kd_helpers.experiments import distilbert
 from kd_helpers.experiments.distilbert import (
     ARMS,
     FEW,
+    LANGUAGE_PILOT_SEEDS,
     LANGUAGE_RATES,
     LONGER,
-    PILOT_SEED,
     SEEDS,
+    TASK_PILOT_SEEDS,
     TASK_RATES,
     TASKS,
     Rates,
@@ -41,7 +42,7 @@ SHORT = {
     name: task._replace(labels=min(task.labels, 24), steps=2 if task.steps == distilbert.TASK_STEPS else 4)
     for name, task in TASKS.items()
 }
-RATES = dict.fromkeys(ARMS, Rates(5e-4, {FEW: 1e-4}))
+RATES = dict.fromkeys(ARMS, Rates(5e-4, dict.fromkeys(TASKS, 1e-4)))
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +90,11 @@ def test_each_arm_of_the_ablation_leaves_out_one_thing():
     }
 
 
-def test_every_student_has_a_rate_for_each_of_its_tasks():
-    rates = Rates(5e-4, {FEW: 1e-4, "teacher_500": 3e-4})
-    assert [rates.of(task) for task in ("labels_50", FEW, "teacher_500")] == [1e-4, 1e-4, 3e-4]
+def test_every_task_is_that_of_a_student_and_pilot_seeds_are_no_others():
     assert all(FEW in arm.recipe.tasks for arm in ARMS.values())
     assert {task for arm in ARMS.values() for task in arm.recipe.tasks} == TASKS.keys()
     assert len({arm.recipe for arm in ARMS.values()}) == len(ARMS)
-    assert PILOT_SEED not in SEEDS
+    assert not {*LANGUAGE_PILOT_SEEDS, *TASK_PILOT_SEEDS} & {*SEEDS}
 
 
 # What a student learns from
@@ -176,14 +175,18 @@ def test_rates_are_chosen_on_validation_one_after_the_other(ground, monkeypatch)
     monkeypatch.setattr(distilbert, "measure_language", language)
     monkeypatch.setattr(distilbert, "measure_task", task)
     arms = {name: ARMS[name] for name in ("triple", "none")}
-    found = choose_rates(ground, arms, steps=2)
-    short = dict.fromkeys((FEW, *distilbert.DISTILLED), 3e-4)
+    found, tries = choose_rates(ground, arms, steps=2)
+    few_steps, all_steps = dict.fromkeys(distilbert.CURVE, 3e-4), dict.fromkeys(distilbert.ALL_STEPS, 1e-4)
     assert found == {
-        "triple": Rates(5e-4, short),
-        "none": Rates(LANGUAGE_RATES[0], short | dict.fromkeys(distilbert.ALL_STEPS, 1e-4)),
+        "triple": Rates(5e-4, few_steps | dict.fromkeys(distilbert.DISTILLED, 3e-4) | {"all_transfer_500": 1e-4}),
+        "none": Rates(LANGUAGE_RATES[0], few_steps | all_steps),
     }
-    assert seeds == {PILOT_SEED}
-    assert len(tuned) == len(TASK_RATES) * (3 + 6)
+    assert seeds == {*LANGUAGE_PILOT_SEEDS, *TASK_PILOT_SEEDS}
+    assert len(tuned) == len(TASK_PILOT_SEEDS) * len(TASK_RATES) * (7 + 7)
+    assert tries["nats"].keys() == {f"triple {rate:g}" for rate in LANGUAGE_RATES}
+    assert min(tries["nats"], key=tries["nats"].get) == "triple 0.0005"
+    assert tries["accuracy"].keys() == {*arms}
+    assert len(tries["accuracy"]["none"]) == 7 * len(TASK_RATES)
 
 
 # What a run is stored under
@@ -203,11 +206,12 @@ def test_everything_that_decides_a_run_is_in_its_provenance(ground, config):
     assert choices["config"] == config.to_dict()
     assert choices["steps"] == 7
     assert choices["tasks"][FEW] == {"labels": 24, "distilled": False, "transfer": False, "steps": 2}
-    assert choices["learning_rates"]["triple"] == {"language": 5e-4, "tasks": {FEW: 1e-4}}
+    assert choices["learning_rates"]["triple"] == {"language": 5e-4, "tasks": dict.fromkeys(TASKS, 1e-4)}
     assert choices["texts"] == corpus_digest(read_corpus(config))
     assert choices["teacher_logits"] == ground.logits.digest()
     assert "float32" in choices["machine"]
-    other = dataclasses.replace(distilbert_study(ground, RATES | {"none": Rates(1, {FEW: 1})}, steps=7), run=study.run)
+    rates = RATES | {"none": Rates(1, dict.fromkeys(TASKS, 1))}
+    other = dataclasses.replace(distilbert_study(ground, rates, steps=7), run=study.run)
     assert run_arm(other, "no_soft", 2)["folder"] != made["folder"]
 
 
@@ -220,13 +224,12 @@ def test_arms_run_and_repeat_themselves_and_are_measured(ground, tmp_path):
     measures = {name: run_arm(study, name, 0) for name in names}
     about = {"arm", "seed", "folder", "seconds"}
     for name, found in measures.items():
-        tasks = {f"{task}_{what}" for task in ARMS[name].recipe.tasks for what in ("accuracy", "nll")}
+        tasks = {f"{task}_{what}" for task in ARMS[name].recipe.tasks for what in ("accuracy", "nll", "seconds")}
         assert found.keys() - about == {"nats", "language_accuracy"} | tasks, name
         assert all(math.isfinite(found[measure]) for measure in found.keys() - about), name
     again = study.run(ARMS["triple"].recipe, 0, tmp_path)
-    assert {key: value for key, value in again.items() if key != "seconds"} == {
-        key: measures["triple"][key] for key in again if key != "seconds"
-    }
+    results = [key for key in again if not key.endswith("seconds")]
+    assert [again[key] for key in results] == [measures["triple"][key] for key in results]
     assert len({found["nats"] for found in measures.values()}) == len(names)
     assert len({found[f"{FEW}_nll"] for found in measures.values()}) == len(names)
 
@@ -234,7 +237,7 @@ def test_arms_run_and_repeat_themselves_and_are_measured(ground, tmp_path):
 def test_the_study_keeps_its_arms_and_its_teachers(own_artifacts, config, monkeypatch):
     monkeypatch.setattr(distilbert, "CONFIG", config)
     monkeypatch.setattr(distilbert, "ADAPTATION_STEPS", 2)
-    monkeypatch.setattr(distilbert, "choose_rates", lambda ground, arms: RATES)
+    monkeypatch.setattr(distilbert, "choose_rates", lambda ground, arms: (RATES, {"nats": {"triple 0.0005": 4.0}}))
     adapt = method.language_teacher
     monkeypatch.setattr(method, "language_teacher", lambda setup, **options: adapt(setup, **{"steps": 2, **options}))
     whole = distilbert_study
@@ -245,5 +248,6 @@ def test_the_study_keeps_its_arms_and_its_teachers(own_artifacts, config, monkey
     monkeypatch.setattr(distilbert, "distilbert_study", quick)
     study = json.loads(json.dumps(distilbert.study()))
     assert [(run["arm"], run["seed"]) for run in study["runs"]] == [(arm, seed) for seed in SEEDS for arm in ARMS]
+    assert study["tries"] == {"nats": {"triple 0.0005": 4.0}}
     assert list(study["teachers"]) == ["not adapted", "head only", "600 steps", "all texts, 3,000 steps"]
     assert study["teachers"]["not adapted"]["loss"] > 9, "a fresh head"

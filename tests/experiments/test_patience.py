@@ -28,14 +28,17 @@ def test_a_thousand_steps_and_no_new_texts_are_runs_of_the_comparison(folders):
     thousand, texts = folders(patience.length_study(1000)), folders(patience.texts_study())
     assert thousand.items() <= made.items()
     assert {key for key, folder in texts.items() if made.get(key) == folder} == {
-        ("tuned_teacher", seed) for seed in comparison.COMPARISON_SEEDS
+        (arm, seed) for arm in ("tuned_teacher", "transfer_set") for seed in comparison.COMPARISON_SEEDS
     }
     other = folders(patience.length_study(125))
     assert not set(other.values()) & set(made.values())
 
 
 def test_the_arms_of_the_texts_differ_in_their_number_alone():
-    recipes = [arm.recipe for name, arm in patience.texts_study().arms.items() if name != "tuned_teacher"]
+    arms = patience.texts_study().arms
+    assert [*arms][0] == "tuned_teacher"
+    assert [*arms][-1] == "transfer_set"
+    recipes = [arm.recipe for name, arm in arms.items() if name.startswith("new_texts")]
     assert [recipe.new_texts for recipe in recipes] == [2500, 5000, 10_000, 14_131]
     assert len({dataclasses.replace(recipe, new_texts=0) for recipe in recipes}) == 1
 
