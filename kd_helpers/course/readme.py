@@ -144,7 +144,7 @@ def results_tables() -> str:
         f"| *the teacher itself* | {teacher['accuracy']:.1%} | {teacher['nll']:.2f} | {teacher['ece']:.3f} | |",
     ]
     hidden = config["teacher_train_size"] - config["train_size"]
-    learned = f"{config['train_size']:,}"
+    learned, recipe = f"{config['train_size']:,}", comparison.ARMS["tuned_teacher"].recipe
     terms = {
         "Best epoch": "the baseline, measured after the epoch with the best accuracy on validation.",
         "Label smoothing": "every label mixed with equal probabilities, without a teacher.",
@@ -152,7 +152,7 @@ def results_tables() -> str:
         "Teacher of the same labels": f"fine-tuned on the student's {learned} labels alone.",
         "Tuned teacher": f"fine-tuned on {config['teacher_train_size']:,} labelled tweets: the student's, and "
         f"{hidden:,} that are in the transfer set without their labels.",
-        "Hard labels": "the teacher's most probable class gets probability 1; at T = 2 this makes logits too large, so "
+        "Hard labels": "the teacher's most probable class gets probability 1; at this T it makes logits too large, so "
         "NLL and ECE of these students say little.",
         "Transfer set": f"{config['transfer_size']:,} tweets without labels.",
         "Labels redrawn": "each seed has other labelled tweets, so the intervals cover this choice, too.",
@@ -161,7 +161,7 @@ def results_tables() -> str:
         f"Test split, mean of {len(stored['seeds'])} seeds ± half a 95% interval. Every arm is trained for "
         f"{config['max_steps']:,} steps and has {learned} labelled tweets, or "
         f"{comparison.ARMS['more_labels'].recipe.labels} times as many where the table says so. All teachers are used "
-        "with T = 2 and alpha = 0.9.",
+        f"with T = {recipe.temperature:g} and alpha = {recipe.alpha:g}.",
         "",
         *(f"- *{term}*: {meaning}" for term, meaning in terms.items()),
         "",
