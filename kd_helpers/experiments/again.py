@@ -29,7 +29,7 @@ from kd_helpers.experiments import (
     tinybert,
     verdict_study,
 )
-from kd_helpers.experiments.study import Study, run_arm, stored_study
+from kd_helpers.experiments.study import Arm, Study, run_arm, stored_study
 from kd_helpers.provenance import source_digest
 from kd_helpers.resolve import resolve
 
@@ -57,11 +57,11 @@ def _comparison(stored: Mapping[str, Any]) -> Study:
     return comparison.comparison_study(config.replace(precision=precision))
 
 
-def _tinybert(stored: Mapping[str, Any]) -> Study:
+def _tinybert(stored: Mapping[str, Any], arms: Mapping[str, Arm] = tinybert.ARMS) -> Study:
     """With the learning rates that were chosen then."""
     rates = {name: tinybert.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
     material = tinybert.prepare_material(resolve(tinybert.CONFIG), copies=tinybert.COPIES)
-    return tinybert.tinybert_study(material, rates.__getitem__)
+    return tinybert.tinybert_study(material, rates.__getitem__, arms)
 
 
 def _tweets_written(_stored: Mapping[str, Any]) -> Study:
@@ -70,8 +70,7 @@ def _tweets_written(_stored: Mapping[str, Any]) -> Study:
     return language_models.language_models_study(language_models.TWEETS, training, arms=arms, name="tweets")
 
 
-def _knowledge(_stored: Mapping[str, Any]) -> Study:
-    task = "knowledge"
+def _made_task(task: str) -> Study:
     training, arms, seeds = rationales.TRAINING[task], rationales.ARMS[task], rationales.SEEDS[task]
     return rationales.rationales_study(task, rationales.made_ground(task, training), arms, training, seeds=seeds)
 
@@ -82,18 +81,26 @@ def _explained_tweets(_stored: Mapping[str, Any]) -> Study:
     return rationales.rationales_study("explained_tweets", ground, arms, training, seeds=seeds)
 
 
+def _weak_to_strong(_stored: Mapping[str, Any]) -> Study:
+    return survey_extensions.weak_to_strong_study(survey_tweets.prepare())
+
+
 # By the name of the stored study; after a dot a part of it.
 ENTRIES: dict[str, Entry] = {
     "comparison": Entry(_comparison, "tuned_teacher"),
     "dark_knowledge": Entry(lambda _: dark_knowledge.dark_knowledge_study(), "30 units: labels"),
     "tinybert": Entry(_tinybert, "logits_augmented_600"),
+    "tinybert.parts": Entry(lambda stored: _tinybert(stored, tinybert.PARTS), "logits_train"),
+    "language_models": Entry(lambda _: language_models.language_models_study(), "baseline", ("nats",)),
     "language_models.tweets": Entry(_tweets_written, "baseline", ("nats",)),
     "language_models.sizes": Entry(lambda _: language_models.sizes_study(), "32 × 1", ("nats",)),
-    "rationales": Entry(_knowledge, "labels_200", ("accuracy",)),
+    "rationales": Entry(lambda _: _made_task("knowledge"), "labels_200", ("accuracy",)),
+    "rationales.arithmetic": Entry(lambda _: _made_task("arithmetic"), "labels_200", ("accuracy",)),
     "rationales.tweets": Entry(_explained_tweets, "labels_750", ("accuracy",)),
     "survey": Entry(lambda _: survey_digits.digits_study(survey_digits.ARMS), "labels"),
     "survey.tweets": Entry(lambda _: survey_tweets.tweets_study(survey_tweets.prepare()), "labels"),
     "survey.subliminal": Entry(lambda _: survey_extensions.subliminal_study(), "same_3", ("accuracy",)),
+    "survey.weak_to_strong": Entry(_weak_to_strong, "weak_labels"),
     "survey.calibration": Entry(lambda _: survey_extensions.calibration_study(), "labels"),
     "deployment": Entry(lambda _: deployment.deployment_study(), "student", ("float32_accuracy", "int8_accuracy")),
     "verdict_study": Entry(lambda _: verdict_study.verdict_study(), "random_head", ("pays", "steps")),

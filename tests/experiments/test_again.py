@@ -49,9 +49,15 @@ def test_one_run_of_the_stored_sweep_is_what_a_new_run_gives(own_artifacts_but_t
     assert run["test_macro_recall"] == pytest.approx(stored["test_macro_recall"], abs=TOLERANCES["accuracy"])
 
 
-def test_every_study_that_names_its_code_has_an_entry():
-    named = {name for name in STUDIES if "source" in stored_study(name)["made_with"]}  # since 0.5.0
-    assert {name.partition(".")[0] for name in ENTRIES} == named
+def test_every_study_and_part_that_names_its_code_has_an_entry():
+    named = {name: stored_study(name) for name in STUDIES}
+    named |= {
+        f"{name}.{part}": value
+        for name, stored in named.items()
+        for part, value in stored.items()
+        if isinstance(value, dict) and "made_with" in value
+    }
+    assert ENTRIES.keys() == {name for name, stored in named.items() if "source" in stored["made_with"]}  # since 0.5.0
 
 
 @pytest.mark.parametrize("name", ENTRIES)
