@@ -9,27 +9,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
-from kd_helpers.experiments import (
-    RESULTS,
-    comparison,
-    dark_knowledge,
-    deployment,
-    language_models,
-    rationales,
-    settings,
-    survey_digits,
-    survey_extensions,
-    survey_tweets,
-    tinybert,
-    verdict_study,
-)
-from kd_helpers.experiments.study import Arm, Study, run_arm, stored_study
+from kd_helpers.experiments import RESULTS
+from kd_helpers.experiments.study import Study, run_arm, stored_study
 from kd_helpers.provenance import source_digest
 from kd_helpers.resolve import resolve
 
@@ -50,61 +39,88 @@ class Entry(NamedTuple):
     seed: int = 0
 
 
+def _module(name: str) -> ModuleType:
+    """A module of this folder, loaded when its study is made again."""
+    return importlib.import_module(f"kd_helpers.experiments.{name}")
+
+
+def _without_choices(module: str, function: str) -> Callable[[Mapping[str, Any]], Study]:
+    """A study that a function without arguments returns."""
+    return lambda _stored: getattr(_module(module), function)()
+
+
 def _comparison(stored: Mapping[str, Any]) -> Study:
     """In the precision that "auto" meant when the study was made."""
     config = DistillConfig(**stored["choices"]["config"])
     precision = re.search(r"torch\.(\w+)\)", stored["choices"]["machine"])[1]
-    return comparison.comparison_study(config.replace(precision=precision))
+    return _module("comparison").comparison_study(config.replace(precision=precision))
 
 
-def _tinybert(stored: Mapping[str, Any], arms: Mapping[str, Arm] = tinybert.ARMS) -> Study:
+def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
     """With the learning rates that were chosen then."""
-    rates = {name: tinybert.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
-    material = tinybert.prepare_material(resolve(tinybert.CONFIG), copies=tinybert.COPIES)
-    return tinybert.tinybert_study(material, rates.__getitem__, arms)
+
+    def build(stored: Mapping[str, Any]) -> Study:
+        tinybert = _module("tinybert")
+        rates = {name: tinybert.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
+        material = tinybert.prepare_material(resolve(tinybert.CONFIG), copies=tinybert.COPIES)
+        return tinybert.tinybert_study(material, rates.__getitem__, getattr(tinybert, arms))
+
+    return build
 
 
 def _tweets_written(_stored: Mapping[str, Any]) -> Study:
-    training = language_models.TWEETS_TRAINING
-    arms = language_models.REAL_ARMS
-    return language_models.language_models_study(language_models.TWEETS, training, arms=arms, name="tweets")
+    models = _module("language_models")
+    return models.language_models_study(models.TWEETS, models.TWEETS_TRAINING, arms=models.REAL_ARMS, name="tweets")
 
 
-def _made_task(task: str) -> Study:
-    training, arms, seeds = rationales.TRAINING[task], rationales.ARMS[task], rationales.SEEDS[task]
-    return rationales.rationales_study(task, rationales.made_ground(task, training), arms, training, seeds=seeds)
+def _made_task(task: str) -> Callable[[Mapping[str, Any]], Study]:
+    def build(_stored: Mapping[str, Any]) -> Study:
+        rationales = _module("rationales")
+        training, arms, seeds = (found[task] for found in (rationales.TRAINING, rationales.ARMS, rationales.SEEDS))
+        return rationales.rationales_study(task, rationales.made_ground(task, training), arms, training, seeds=seeds)
+
+    return build
 
 
 def _explained_tweets(_stored: Mapping[str, Any]) -> Study:
+    rationales = _module("rationales")
     training, arms, seeds = rationales.TWEETS_TRAINING, rationales.TWEET_ARMS, rationales.SEEDS["tweets"]
     ground = rationales.tweets_ground(training)
     return rationales.rationales_study("explained_tweets", ground, arms, training, seeds=seeds)
 
 
-def _weak_to_strong(_stored: Mapping[str, Any]) -> Study:
-    return survey_extensions.weak_to_strong_study(survey_tweets.prepare())
+def _digits(_stored: Mapping[str, Any]) -> Study:
+    digits = _module("survey_digits")
+    return digits.digits_study(digits.ARMS)
+
+
+def _on_tweets(module: str, function: str) -> Callable[[Mapping[str, Any]], Study]:
+    """A study of the survey that needs what those on tweets share."""
+    return lambda _stored: getattr(_module(module), function)(_module("survey_tweets").prepare())
 
 
 # By the name of the stored study; after a dot a part of it.
 ENTRIES: dict[str, Entry] = {
     "comparison": Entry(_comparison, "tuned_teacher"),
-    "dark_knowledge": Entry(lambda _: dark_knowledge.dark_knowledge_study(), "30 units: labels"),
-    "tinybert": Entry(_tinybert, "logits_augmented_600"),
-    "tinybert.parts": Entry(lambda stored: _tinybert(stored, tinybert.PARTS), "logits_train"),
-    "language_models": Entry(lambda _: language_models.language_models_study(), "baseline", ("nats",)),
+    "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: labels"),
+    "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
+    "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
+    "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),
     "language_models.tweets": Entry(_tweets_written, "baseline", ("nats",)),
-    "language_models.sizes": Entry(lambda _: language_models.sizes_study(), "32 × 1", ("nats",)),
-    "rationales": Entry(lambda _: _made_task("knowledge"), "labels_200", ("accuracy",)),
-    "rationales.arithmetic": Entry(lambda _: _made_task("arithmetic"), "labels_200", ("accuracy",)),
+    "language_models.sizes": Entry(_without_choices("language_models", "sizes_study"), "32 × 1", ("nats",)),
+    "rationales": Entry(_made_task("knowledge"), "labels_200", ("accuracy",)),
+    "rationales.arithmetic": Entry(_made_task("arithmetic"), "labels_200", ("accuracy",)),
     "rationales.tweets": Entry(_explained_tweets, "labels_750", ("accuracy",)),
-    "survey": Entry(lambda _: survey_digits.digits_study(survey_digits.ARMS), "labels"),
-    "survey.tweets": Entry(lambda _: survey_tweets.tweets_study(survey_tweets.prepare()), "labels"),
-    "survey.subliminal": Entry(lambda _: survey_extensions.subliminal_study(), "same_3", ("accuracy",)),
-    "survey.weak_to_strong": Entry(_weak_to_strong, "weak_labels"),
-    "survey.calibration": Entry(lambda _: survey_extensions.calibration_study(), "labels"),
-    "deployment": Entry(lambda _: deployment.deployment_study(), "student", ("float32_accuracy", "int8_accuracy")),
-    "verdict_study": Entry(lambda _: verdict_study.verdict_study(), "random_head", ("pays", "steps")),
-    "settings": Entry(lambda _: settings.settings_study(), "tweets, baseline, 250 steps"),
+    "survey": Entry(_digits, "labels"),
+    "survey.tweets": Entry(_on_tweets("survey_tweets", "tweets_study"), "labels"),
+    "survey.subliminal": Entry(_without_choices("survey_extensions", "subliminal_study"), "same_3", ("accuracy",)),
+    "survey.weak_to_strong": Entry(_on_tweets("survey_extensions", "weak_to_strong_study"), "weak_labels"),
+    "survey.calibration": Entry(_without_choices("survey_extensions", "calibration_study"), "labels"),
+    "deployment": Entry(
+        _without_choices("deployment", "deployment_study"), "student", ("float32_accuracy", "int8_accuracy")
+    ),
+    "verdict_study": Entry(_without_choices("verdict_study", "verdict_study"), "random_head", ("pays", "steps")),
+    "settings": Entry(_without_choices("settings", "settings_study"), "tweets, baseline, 250 steps"),
 }
 
 
