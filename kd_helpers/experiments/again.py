@@ -102,7 +102,7 @@ def _on_tweets(module: str, function: str) -> Callable[[Mapping[str, Any]], Stud
 # By the name of the stored study; after a dot a part of it.
 ENTRIES: dict[str, Entry] = {
     "comparison": Entry(_comparison, "tuned_teacher"),
-    "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: labels"),
+    "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: T = 12"),
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),
@@ -110,12 +110,14 @@ ENTRIES: dict[str, Entry] = {
     "language_models.sizes": Entry(_without_choices("language_models", "sizes_study"), "32 × 1", ("nats",)),
     "rationales": Entry(_made_task("knowledge"), "labels_200", ("accuracy",)),
     "rationales.arithmetic": Entry(_made_task("arithmetic"), "labels_200", ("accuracy",)),
-    "rationales.tweets": Entry(_explained_tweets, "labels_750", ("accuracy",)),
-    "survey": Entry(_digits, "labels"),
+    "rationales.tweets": Entry(_explained_tweets, "labels_3000", ("accuracy",)),
+    "survey": Entry(_digits, "response"),
     "survey.tweets": Entry(_on_tweets("survey_tweets", "tweets_study"), "labels"),
-    "survey.subliminal": Entry(_without_choices("survey_extensions", "subliminal_study"), "same_3", ("accuracy",)),
+    "survey.subliminal": Entry(
+        _without_choices("survey_extensions", "subliminal_study"), "other_digits", ("accuracy",)
+    ),
     "survey.weak_to_strong": Entry(_on_tweets("survey_extensions", "weak_to_strong_study"), "weak_labels"),
-    "survey.calibration": Entry(_without_choices("survey_extensions", "calibration_study"), "labels"),
+    "survey.calibration": Entry(_without_choices("survey_extensions", "calibration_study"), "times 0.125"),
     "deployment": Entry(
         _without_choices("deployment", "deployment_study"), "student", ("float32_accuracy", "int8_accuracy")
     ),

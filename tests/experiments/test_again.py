@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import statistics
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
 from kd_helpers.experiments.sweep import stored_sweep, sweep
 
 QUICK = ("dark_knowledge", "survey", "survey.subliminal", "survey.calibration")
-# Another processor rounds in another order, and then runs part as two seeds do. Over five seeds the accuracy of an arm
-# has a standard deviation below half a point, so this is a band of four of them.
+# Another processor rounds in another order, and then runs part as two seeds do. Over the seeds, the accuracy of most of
+# these arms has a standard deviation below half a point. So this is a band of four of them; some arms have a wider one.
 TOLERANCES = {"accuracy": 0.02, "float32_accuracy": 0.02, "int8_accuracy": 0.02, "nll": 0.06, "nats": 0.06}
 
 
@@ -32,8 +33,10 @@ TOLERANCES = {"accuracy": 0.02, "float32_accuracy": 0.02, "int8_accuracy": 0.02,
 def test_a_run_that_is_made_again_gives_what_is_stored(name, own_artifacts_but_teacher):
     measures = make_again(name)["measures"]
     assert measures.keys() == set(ENTRIES[name].measures)
+    of_arm = [run for run in stored_part(name)["runs"] if run["arm"] == ENTRIES[name].arm]
     for measure, (stored, now) in measures.items():
-        assert now == pytest.approx(stored, abs=TOLERANCES.get(measure, 0)), measure
+        spread = 4 * statistics.stdev(float(run[measure]) for run in of_arm)
+        assert now == pytest.approx(stored, abs=max(TOLERANCES.get(measure, 0), spread)), measure
 
 
 @pytest.mark.longer
