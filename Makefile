@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run run-all site demo test coverage test-longer test-browser lint format notebooks results sweep study stories explanations benchmark conformance publish lab clean
+.PHONY: help run run-all site demo test coverage test-longer test-browser lint format notebooks results sweep study again stories explanations benchmark conformance publish lab clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,7 +83,8 @@ study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verd
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment && wait $$!
 	$(BIN)/python -m kd_helpers study dark_knowledge
 	$(BIN)/python -m kd_helpers study distilbert
-	$(BIN)/python -m kd_helpers study tinybert
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study tinybert & \
+		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study tinybert && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study language_models & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study language_models && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study rationales & \
@@ -96,6 +97,9 @@ study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verd
 	PYTHONPATH=artifacts/texts OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study settings & \
 		PYTHONPATH=artifacts/texts OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study settings && wait $$!
 	$(BIN)/python -m kd_helpers course readme
+
+again: $(READY) ## make one run of each stored study again and compare it with what is stored; about an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers again
 
 stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, minutes on a GPU, else hours; resumes where it stopped
 	$(BIN)/python -m kd_helpers stories

@@ -38,6 +38,9 @@ COMMANDS = {
         "kd_helpers.experiments.studies",
         "Make one of the course's studies again: the comparison of chapter 06, or a paper's.",
     ),
+    "again": Command(
+        "kd_helpers.experiments.again", "Make one run of each stored study again, and compare it with what is stored."
+    ),
     "stories": Command(
         "kd_helpers.experiments.written_stories",
         "Let a language model write the stories again that come with the package.",

@@ -26,7 +26,7 @@ settings.load_profile("course")
 # block every progress bar of its parent for ever.
 tqdm.set_lock(threading.RLock())
 
-LONGEST = ("test_results", "test_papermill", "test_doors", "test_sweep", "test_trainer", "test_explorers")
+LONGEST = ("test_again", "test_papermill", "test_doors", "test_sweep", "test_trainer", "test_explorers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

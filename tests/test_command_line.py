@@ -21,6 +21,7 @@ COMMANDS = (
     "sweep",
     "export",
     "study",
+    "again",
     "stories",
     "explanations",
     "verdict",

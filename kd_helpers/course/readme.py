@@ -14,8 +14,9 @@ from kd_helpers.course.notebooks import notebook_paths, question, title
 from kd_helpers.course.numbers import number
 from kd_helpers.course.verdict_page import points
 from kd_helpers.experiments import benchmark, comparison, conformance, settings, token_speed, verdict_study
+from kd_helpers.experiments.origin import origin
 from kd_helpers.experiments.signals import BASELINE
-from kd_helpers.experiments.study import origin, titles
+from kd_helpers.experiments.study import titles
 from kd_helpers.experiments.text_sets import SETS, TWEETS
 from kd_helpers.experiments.verdict_runs import DISTILLED, TRANSFER
 

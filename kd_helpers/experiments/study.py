@@ -140,24 +140,6 @@ def made_with(module: str) -> dict[str, str]:
     }
 
 
-def is_current(result: Mapping[str, Any]) -> bool:
-    """Whether a stored result was made by the code of today. Results of version 0.4.0 and before name no code."""
-    made = result["made_with"]
-    return "source" in made and made["source"] == source_digest(made["module"])
-
-
-def origin(result: Mapping[str, Any]) -> str:
-    """A sentence or two for readers of a stored result: what made it, when, and whether the code has changed since."""
-    made = result["made_with"]
-    changed = (
-        ""
-        if is_current(result)
-        else " Parts of the code that made it have changed since, and it has not been made again "
-        f"(version then: {made['kd_helpers']})."
-    )
-    return f"Made with torch {made['torch']} on {made['date']}.{changed}"
-
-
 def stored_study(name: str) -> dict[str, Any]:
     """A study that comes with the package (see `run_study`)."""
     return artifacts.load_json(RESULTS / f"{name}.json")

@@ -1,9 +1,15 @@
-"""The study of chapter 12: TinyBERT's stages, losses and augmentation, each arm with as many steps."""
+"""The study of chapter 12: TinyBERT's stages and losses against logits alone, at several lengths.
+
+Two arms that are compared draw from the same texts, and start from the same weights. Learning rates are chosen once, on
+validation, with a seed that the study does not use.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +18,26 @@ from transformers import PreTrainedModel
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import corpus_digest, evaluation_batches, read_corpus, tokenize, training_batches
-from kd_helpers.experiments.study import Arm, Study, run_study
+from kd_helpers.experiments.study import Arm, Study, run_study, study_table
 from kd_helpers.loop import train_classifier
-from kd_helpers.methods.augmentation import CANDIDATES, PROBABILITY, augmented_texts, candidate_words
+from kd_helpers.methods.augmentation import CANDIDATES, PROBABILITY, augmented_texts
 from kd_helpers.methods.distilbert import language_teacher
-from kd_helpers.methods.tinybert import PARTS, STUDENTS, Memory, distill_layers
+from kd_helpers.methods.tinybert import STUDENTS, Projections, distill_layers
 from kd_helpers.metrics import classification_metrics, fidelity, predict
 from kd_helpers.models import checkpoint_version, freeze, load_teacher
 from kd_helpers.resolve import Setup, resolve
 from kd_helpers.runtime import seed_everything
 from kd_helpers.teacher import TeacherLogits, attach, cached_logits, fine_tuned_teacher
+
+MODULE = "kd_helpers.experiments.tinybert"
+CONFIG = DistillConfig(transfer_size=21_631, epochs=3, warmup_ratio=0.1, alpha=1.0, temperature=2.0)
+SEEDS, PART_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+PILOT_SEED = 100
+LENGTHS = (600, 1200, 2400)
+COPIES = 4  # of each labelled text; the paper makes 20
+# The attention loss is by far the largest of the three, and under a clipped gradient it would decide nearly alone.
+WEIGHTS = {"embedding": 1.0, "attention": 0.1, "hidden": 1.0}
+STAGES = ("general", "layers", "prediction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,83 +45,103 @@ class Stages:
     """What an arm does with its steps.
 
     Attributes:
+        length: its steps in all.
         student: a key of `methods.tinybert.STUDENTS`.
-        general: its share of the steps for the layers of the pre-trained teacher, on real texts of no task.
-        layers: share for the layers of the fine-tuned teacher, on the task's texts.
-        prediction: share for the fine-tuned teacher's logits on the task's texts (or for labels).
-        texts: the task's: "train" alone, or with those that are "augmented", or with as many real ones ("transfer").
-        parts: which layer losses are trained.
+        texts: that every stage reads: the labelled "train" alone, or with those that are "augmented", or with the
+            "real" ones of the transfer set.
+        general: share of the steps for the layers of the pre-trained teacher.
+        layers: share for the layers of the fine-tuned teacher.
+        prediction: share for the fine-tuned teacher's logits (or for labels).
+        without: a layer loss that is left out.
         alpha: weight of the soft loss in the prediction stage; 0 is the baseline.
-        times: 0.5 gives the arm half of the others' steps.
     """
 
+    length: int = 1200
     student: str = "narrow"
+    texts: str = "augmented"
     general: int = 1
     layers: int = 1
     prediction: int = 2
-    texts: str = "augmented"
-    parts: tuple[str, ...] = PARTS
+    without: str = ""
     alpha: float = 1.0
-    times: float = 1.0
 
-    def steps(self, total: int) -> dict[str, int]:
-        """The steps of each stage, `total · times` in all: what an arm leaves out goes to its other stages."""
-        total = round(total * self.times)
+    def steps(self) -> dict[str, int]:
+        """The steps of each stage, `length` in all: what an arm leaves out goes to its other stages."""
         shares = {"general": self.general, "layers": self.layers, "prediction": self.prediction}
-        steps = {stage: total * share // sum(shares.values()) for stage, share in shares.items()}
-        steps["prediction"] += total - sum(steps.values())
+        steps = {stage: self.length * share // sum(shares.values()) for stage, share in shares.items()}
+        steps["prediction"] += self.length - sum(steps.values())
         return steps
 
+    def weights(self) -> dict[str, float]:
+        """Of the layer losses."""
+        return {part: weight for part, weight in WEIGHTS.items() if part != self.without}
 
-_LOGITS_ONLY = {"general": 0, "layers": 0}
+
+def logits_only(**values: Any) -> Stages:
+    """All steps for the teacher's logits, as in the rest of the course."""
+    return Stages(general=0, layers=0, **values)
+
+
+# Whether layers help, by texts and length.
 ARMS: dict[str, Arm] = {
-    "baseline": Arm("Labels only", Stages(texts="train", alpha=0.0, **_LOGITS_ONLY)),
-    "plain": Arm("Logits only", Stages(texts="train", **_LOGITS_ONLY)),
-    "plain_augmented": Arm("Logits only, augmented", Stages(**_LOGITS_ONLY)),
-    "plain_transfer": Arm("Logits only, transfer set", Stages(texts="transfer", **_LOGITS_ONLY)),
-    "tinybert": Arm("TinyBERT", Stages()),
+    f"{name}_{texts}_{length}": Arm(f"{title}, {texts} texts, {length:,} steps", recipe(length=length, texts=texts))
+    for length in LENGTHS
+    for texts in ("augmented", "real")
+    for name, title, recipe in (("logits", "Logits only", logits_only), ("tinybert", "TinyBERT", Stages))
+}
+# What each part is worth: one thing differs from `WHOLE`.
+WHOLE = "tinybert_augmented_1200"
+PARTS: dict[str, Arm] = {
+    WHOLE: ARMS[WHOLE],
+    "logits_augmented_1200": ARMS["logits_augmented_1200"],
     "no_general": Arm("− general distillation", Stages(general=0)),
-    "no_layers": Arm("− task's layers", Stages(layers=0)),
+    "no_layers": Arm("− the task's layers", Stages(layers=0)),
+    "no_embedding": Arm("− embedding loss", Stages(without="embedding")),
+    "no_attention": Arm("− attention loss", Stages(without="attention")),
+    "no_hidden": Arm("− hidden loss", Stages(without="hidden")),
     "no_augmentation": Arm("− augmentation", Stages(texts="train")),
-    "transfer": Arm("transfer set for augmentation", Stages(texts="transfer")),
-    "no_embedding": Arm("− embedding loss", Stages(parts=("attention", "hidden"))),
-    "no_attention": Arm("− attention loss", Stages(parts=("embedding", "hidden"))),
-    "no_hidden": Arm("− hidden loss", Stages(parts=("embedding", "attention"))),
-    # With half of the steps, the arm gets as many of them as TinyBERT's last stage, whose other stages come on top.
-    "plain_short": Arm("Logits only, augmented, half the steps", Stages(times=0.5, **_LOGITS_ONLY)),
-    "tinybert_short": Arm("TinyBERT, half the steps", Stages(times=0.5)),
-    "half_baseline": Arm("Half: labels only", Stages(student="half", texts="train", alpha=0.0, **_LOGITS_ONLY)),
-    "half_plain": Arm("Half: logits only, augmented", Stages(student="half", **_LOGITS_ONLY)),
+    "logits_train": Arm("Logits only, labelled texts", logits_only(texts="train")),
+    "labels": Arm("Labels only", logits_only(texts="train", alpha=0.0)),
+    "half_logits": Arm("Half: logits only", logits_only(student="half")),
     "half_tinybert": Arm("Half: TinyBERT", Stages(student="half")),
 }
 
-# The narrow student's: the lowest NLL on validation, after 300 steps, of 5e-4, 1e-3 and 2e-3 for logits alone, then of
-# 1e-3 and 2e-3 for the layers before them, with a seed that the study does not use. The half student's is the course's.
-LEARNING_RATES = {"narrow": {"layers": 0.002, "prediction": 0.001}, "half": {"layers": 1e-4, "prediction": 1e-4}}
-CONFIG = DistillConfig(transfer_size=21_631, epochs=3, warmup_ratio=0.1, alpha=1.0, precision="bfloat16")
-SEEDS = (0, 1, 2)
-STEPS = 600
-COPIES = 4  # of each labelled text
-SENTENCES = ("the flight was great", "i love this phone", "my bag is lost again and nobody helps")
+
+class Rates(NamedTuple):
+    """Peak learning rates of a student: in the two stages of layers, and in the last stage for logits or for labels."""
+
+    layers: float = 0.0
+    prediction: float = 0.0
+    labels: float = 0.0
+
+
+# What is tried on validation: each student's rates for logits alone, for labels alone if an arm learns them, and then
+# for the layers before the logits.
+TRIED = {
+    "narrow": {
+        "prediction": (5e-4, 1e-3, 2e-3, 4e-3),
+        "labels": (2.5e-4, 5e-4, 1e-3, 2e-3),
+        "layers": (1e-3, 2e-3, 4e-3, 8e-3),
+    },
+    "half": {"prediction": (5e-5, 1e-4, 2e-4, 4e-4), "layers": (5e-5, 1e-4, 2e-4, 4e-4)},
+}
 
 
 class Material(NamedTuple):
-    """What all arms share: both teachers and the texts of each stage.
+    """What all arms share: both teachers and the texts.
 
     Attributes:
         setup: configuration and data.
         pretrained: the teacher before fine-tuning.
         tuned: the teacher after it.
-        general: the real texts, tokenized; the task's texts are among them.
-        task: tokenized texts with the tuned teacher's logits, by the names that `Stages.texts` has.
+        texts: tokenized, with the tuned teacher's logits, by the names that `Stages.texts` has.
         test_logits: of the tuned teacher on the test texts.
     """
 
     setup: Setup
     pretrained: PreTrainedModel
     tuned: PreTrainedModel
-    general: datasets.Dataset
-    task: dict[str, datasets.Dataset]
+    texts: Mapping[str, datasets.Dataset]
     test_logits: TeacherLogits
 
 
@@ -115,11 +151,14 @@ def prepare_material(setup: Setup, *, copies: int) -> Material:
     tuned = fine_tuned_teacher(setup)
     chosen = {"max_length": config.max_length, "precision": setup.precision}
     augmented = augmented_texts(data, language_teacher(setup), tokenizer, copies=copies, **chosen)
-    real = data.transfer.select(range(min(len(augmented), len(data.transfer))))
-    more = {"train": [], "augmented": [augmented], "transfer": [real]}
+    texts = {
+        "train": data.train,
+        "augmented": datasets.concatenate_datasets([data.train, augmented]),
+        "real": data.student_train,
+    }
 
-    def with_teacher_logits(texts: datasets.Dataset) -> datasets.Dataset:
-        tokenized = tokenize(texts, tokenizer, config.max_length)
+    def with_teacher_logits(part: datasets.Dataset) -> datasets.Dataset:
+        tokenized = tokenize(part, tokenizer, config.max_length)
         return attach(tokenized, cached_logits(tuned, tokenized, tokenizer, precision=setup.precision))
 
     test = tokenize(data.test, tokenizer, config.max_length)
@@ -127,90 +166,138 @@ def prepare_material(setup: Setup, *, copies: int) -> Material:
         setup=setup,
         pretrained=freeze(load_teacher(config, data.label_names)).to(setup.device),
         tuned=tuned,
-        general=tokenize(data.student_train, tokenizer, config.max_length),
-        task={
-            name: with_teacher_logits(datasets.concatenate_datasets([data.train, *added]))
-            for name, added in more.items()
-        },
+        texts={name: with_teacher_logits(part) for name, part in texts.items()},
         test_logits=cached_logits(tuned, test, tokenizer, precision=setup.precision),
     )
 
 
-def train_in_stages(
-    stages: Stages, material: Material, *, seed: int, steps: int, memory: Memory | None = None
-) -> PreTrainedModel:
-    """One arm with one seed: its student, trained for `stages.steps(steps)` (`memory`: see `distill_layers`)."""
+def train_in_stages(stages: Stages, material: Material, rates: Rates, *, seed: int) -> PreTrainedModel:
+    """One arm with one seed: its student."""
     setup = material.setup
     config, tokenizer = setup.config.replace(seed=seed), setup.tokenizers.teacher
-    rates, planned = LEARNING_RATES[stages.student], stages.steps(steps)
+    planned, texts = stages.steps(), material.texts[stages.texts]
+    # Each stage has an order of its own, or it would begin with the batches of the stage before.
+    orders = {stage: seed + 1000 * number for number, stage in enumerate(STAGES)}
     seed_everything(seed)
     student = STUDENTS[stages.student](config, setup.data.label_names).to(setup.device)
-    for stage, teacher, texts in (
-        ("general", material.pretrained, material.general),
-        ("layers", material.tuned, material.task[stages.texts]),
-    ):
+    projections = Projections(student.config.hidden_size, material.tuned.config.hidden_size).to(setup.device)
+    for stage, teacher in (("general", material.pretrained), ("layers", material.tuned)):
         if planned[stage]:
-            own = dataclasses.replace(setup, config=config.replace(learning_rate=rates["layers"]))
-            distill_layers(student, teacher, texts, own, steps=planned[stage], parts=stages.parts, memory=memory)
-    own = config.replace(learning_rate=rates["prediction"], alpha=stages.alpha, max_steps=planned["prediction"])
-    batches = training_batches(material.task[stages.texts], tokenizer, own.batch_size, seed=seed)
-    train_classifier(student, batches, config=own, precision=setup.precision, description="Distilling logits")
+            own = dataclasses.replace(setup, config=config.replace(learning_rate=rates.layers, seed=orders[stage]))
+            distill_layers(student, teacher, projections, texts, own, steps=planned[stage], weights=stages.weights())
+    rate = rates.prediction if stages.alpha else rates.labels
+    config = config.replace(learning_rate=rate, alpha=stages.alpha, max_steps=planned["prediction"])
+    batches = training_batches(texts, tokenizer, config.batch_size, seed=orders["prediction"])
+    train_classifier(student, batches, config=config, precision=setup.precision, description="Distilling logits")
     return student.eval()
 
 
-def measure_on_test(model: PreTrainedModel, material: Material) -> dict[str, float]:
-    """The course's measures on test, and how well the model matches the tuned teacher."""
+def measure(model: PreTrainedModel, material: Material, split: str) -> dict[str, float]:
+    """The course's measures on a split of the data, and on test how well the model matches the tuned teacher."""
     setup = material.setup
-    test = tokenize(setup.data.test, setup.tokenizers.teacher, setup.config.max_length)
-    predictions = predict(model, evaluation_batches(test, setup.tokenizers.teacher), setup.precision)
-    return {
-        **classification_metrics(predictions.logits, predictions.labels),
-        **fidelity(predictions.logits, material.test_logits.lookup(predictions.ids)),
-    }
+    texts = tokenize(getattr(setup.data, split), setup.tokenizers.teacher, setup.config.max_length)
+    predictions = predict(model, evaluation_batches(texts, setup.tokenizers.teacher), setup.precision)
+    measures = classification_metrics(predictions.logits, predictions.labels)
+    if split == "test":
+        measures |= fidelity(predictions.logits, material.test_logits.lookup(predictions.ids))
+    return measures
 
 
-def tinybert_study(material: Material, *, steps: int = STEPS, copies: int = COPIES) -> Study:
-    """Every arm with every seed.
+# --- learning rates ---
 
-    The arms of a seed share what was computed inside the teachers, up to 10 GB of main memory.
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """An arm with learning rates that are tried."""
+
+    stages: Stages
+    rates: Rates
+
+
+def tries_study(material: Material, arms: Mapping[str, Arm], *, copies: int = COPIES) -> Study:
+    """Arms with rates that are tried; runs have the measures on validation."""
+
+    def run(tried: Try, seed: int, _folder: Path) -> dict[str, float]:
+        student = train_in_stages(tried.stages, material, tried.rates, seed=seed)
+        return measure(student, material, "validation")
+
+    return Study("tinybert_rates", MODULE, arms, (PILOT_SEED,), choices(material, copies), run)
+
+
+def choose_rates(material: Material, student: str, *, copies: int = COPIES, length: int = 1200) -> Rates:
+    """The rates of a student that are most accurate on validation; those for layers after those for logits.
+
+    Accuracy is what the arms are compared by. NLL would choose for labels alone a rate at which little is learned.
     """
+    stages_of = {
+        "prediction": logits_only(student=student, length=length),
+        "labels": logits_only(student=student, length=length, texts="train", alpha=0.0),
+        "layers": Stages(student=student, length=length),
+    }
+    found = Rates()
+    for stage, rates in TRIED[student].items():
+        tries = {f"{stage} {rate:g}": Try(stages_of[stage], found._replace(**{stage: rate})) for rate in rates}
+        arms = {name: Arm(name, tried) for name, tried in tries.items()}
+        accuracy = study_table(run_study(tries_study(material, arms, copies=copies)), "accuracy").loc[PILOT_SEED]
+        found = tries[accuracy.idxmax()].rates
+    return found
+
+
+# --- the study ---
+
+
+def choices(material: Material, copies: int) -> dict[str, Any]:
+    """What the results depend on, beside arm and seed."""
     config = material.setup.config
-
-    @functools.lru_cache(maxsize=1)  # another seed means other batches
-    def memory_of(_seed: int) -> Memory:
-        return {}
-
-    def run(stages: Stages, seed: int, _folder: Path) -> dict[str, float]:
-        student = train_in_stages(stages, material, seed=seed, steps=steps, memory=memory_of(seed))
-        return measure_on_test(student, material)
-
-    choices = {
+    return {
         "config": config.replace(seed=0).to_dict(),  # each run has a seed of its own
-        "steps": steps,
         "copies": copies,
         "replacement": {"probability": PROBABILITY, "candidates": CANDIDATES},
-        "learning_rates": LEARNING_RATES,
-        "texts": {name: len(texts) for name, texts in material.task.items()} | {"general": len(material.general)},
+        "weights": WEIGHTS,
+        "texts": {name: len(texts) for name, texts in material.texts.items()},
         "machine": material.setup.machine,
         "checkpoint": checkpoint_version(config.teacher_source),
         "corpus": corpus_digest(read_corpus(config)),
     }
-    return Study("tinybert", "kd_helpers.experiments.tinybert", ARMS, SEEDS, choices, run)
+
+
+def tinybert_study(
+    material: Material,
+    rates_of: Callable[[str], Rates],
+    arms: Mapping[str, Arm] = ARMS,
+    *,
+    seeds: tuple[int, ...] = SEEDS,
+    copies: int = COPIES,
+) -> Study:
+    """Every arm with every seed; runs have `seconds` of training, and what `measure` returns on test.
+
+    Args:
+        material: what all arms share.
+        rates_of: the learning rates of a kind of student.
+        arms: by name.
+        seeds: of the runs.
+        copies: of each labelled text, augmented.
+    """
+
+    def run(stages: Stages, seed: int, _folder: Path) -> dict[str, float]:
+        started = time.perf_counter()
+        student = train_in_stages(stages, material, rates_of(stages.student), seed=seed)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, **measure(student, material, "test")}
+
+    students = sorted({arm.recipe.student for arm in PARTS.values()})
+    rates = {student: rates_of(student)._asdict() for student in students}
+    return Study("tinybert", MODULE, arms, seeds, choices(material, copies) | {"learning_rates": rates}, run)
 
 
 def study() -> dict[str, Any]:
-    """Every arm with every seed.
+    """The arms of `ARMS` with every seed; as `parts`, those of `PARTS` with three of them.
 
-    Beside what `run_study` returns: `teacher`, the tuned teacher's own measures, and `candidates`, what augmentation
-    would put in the place of each word of some sentences, as `[start, end, words]`.
+    Beside what `run_study` returns: `teacher`, the tuned teacher's own measures.
     """
     setup = resolve(CONFIG)
     material = prepare_material(setup, copies=COPIES)
-    result = run_study(tinybert_study(material))
-    options = {"max_length": CONFIG.max_length, "precision": setup.precision}
-    found = candidate_words(SENTENCES, language_teacher(setup), setup.tokenizers.teacher, **options)
-    candidates = {
-        text: [[*span, words] for span, words in by_word.items()]
-        for text, by_word in zip(SENTENCES, found, strict=True)
-    }
-    return result | {"teacher": measure_on_test(material.tuned, material), "candidates": candidates}
+    rates_of = functools.cache(functools.partial(choose_rates, material))
+    result = run_study(tinybert_study(material, rates_of))
+    parts = run_study(tinybert_study(material, rates_of, PARTS, seeds=PART_SEEDS))
+    return result | {"parts": parts, "teacher": measure(material.tuned, material, "test")}

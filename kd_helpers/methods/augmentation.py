@@ -3,6 +3,10 @@
 Algorithm 1 of TinyBERT (Jiao et al. 2020, arXiv 1909.10351): some of a text's words are replaced, by what a masked
 language model finds likely in their place or, for words of several pieces, by words with similar embeddings. The
 results have no labels; the teacher provides soft targets for them.
+
+The authors' code shows the language model the whole text a second time, behind [SEP], so that its words are near the
+original's. The course's language model was adapted to single texts and has not learned to use a second one, so here it
+reads the masked text alone, as Algorithm 1 says.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from tqdm.auto import tqdm
 from transformers import BertForMaskedLM, PreTrainedTokenizerBase
 
@@ -51,7 +56,8 @@ def replaceable_words(
 ) -> list[tuple[list[int], list[Word]]]:
     """The token ids of each text, and those of its words that may be replaced.
 
-    Only plain words are: no number, no sign, no `@user`, `#tag` or `http`, and no part of a word with an apostrophe.
+    Only plain words are: no number, no sign, no `@user`, `#tag` or `http`, no part of a word with an apostrophe. Stop
+    words (scikit-learn's list) stay, as in the authors' code, which has another list.
     """
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=True)
     found = []
@@ -69,7 +75,7 @@ def replaceable_words(
 def _is_plain(text: str, word: Word) -> bool:
     characters = text[word.start : word.end].lower()
     before, after = text[max(word.start - 1, 0) : word.start], text[word.end : word.end + 1]
-    plain = _WORD.fullmatch(characters) is not None and characters != _LINK
+    plain = _WORD.fullmatch(characters) is not None and characters != _LINK and characters not in ENGLISH_STOP_WORDS
     return plain and before not in ("@", "#", "'") and after != "'"
 
 

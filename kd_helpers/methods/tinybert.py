@@ -10,7 +10,7 @@ Shapes: B texts of L tokens, h and H the widths of student and teacher, A heads,
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import datasets
@@ -26,7 +26,6 @@ from kd_helpers.models import (
     Batch,
     copy_layers,
     load_teacher,
-    model_digest,
     model_inputs,
     random_like,
     require_eval_mode,
@@ -34,7 +33,8 @@ from kd_helpers.models import (
 )
 from kd_helpers.resolve import Setup
 
-PARTS = ("embedding", "attention", "hidden")
+# Of the losses, all 1 in the paper's experiments (λ in equation 11).
+WEIGHTS: Mapping[str, float] = {"embedding": 1.0, "attention": 1.0, "hidden": 1.0}
 
 
 def narrow_shape(teacher: PreTrainedModel, *, layers: int, width: int) -> PreTrainedModel:
@@ -98,9 +98,6 @@ def look_inside(model: PreTrainedModel, batch: Batch) -> Layers:
     return Layers(states[0], tuple(scores), tuple(states[1:]))
 
 
-Memory = dict[tuple[object, ...], Layers]
-
-
 class Projections(nn.Module):
     """The learned maps from the student's width to the teacher's: W_e for embeddings, W_h for every hidden state.
 
@@ -115,7 +112,10 @@ class Projections(nn.Module):
 
 
 class LayerLosses(NamedTuple):
-    """The sum that is trained, and its three parts, each summed over the student's layers: scalars, or `[steps]`."""
+    """The sum that is trained, and its parts before they are weighted: scalars, or `[steps]`.
+
+    Attention and hidden loss are summed over the student's layers.
+    """
 
     total: torch.Tensor
     embedding: torch.Tensor
@@ -129,9 +129,9 @@ def layer_losses(
     mask: torch.Tensor,
     mapping: Sequence[int],
     projections: Projections,
-    parts: Collection[str] = PARTS,
+    weights: Mapping[str, float] = WEIGHTS,
 ) -> LayerLosses:
-    """Equations 7 to 9 of the paper and their sum over layers (equation 6 with weights of 1).
+    """Equations 7 to 9 of the paper, each with its weight, and their sum over layers (equation 6 with λ of 1).
 
     Args:
         student: of the student.
@@ -139,7 +139,7 @@ def layer_losses(
         mask: `[B, L]`, 1 for tokens and 0 for padding.
         mapping: for each of the student's layers the teacher's layer that it is compared with, 0 the lowest.
         projections: from the student's width to the teacher's.
-        parts: which of the three are trained; the others are reported all the same.
+        weights: of the three; one that is left out has weight 0 and is reported all the same.
     """
     found = {
         "embedding": hidden_loss(student.embedding, teacher.embedding, mask, projections.embedding),
@@ -150,60 +150,54 @@ def layer_losses(
             hidden_loss(student.hidden[m], teacher.hidden[n], mask, projections.hidden) for m, n in enumerate(mapping)
         ),
     }
-    return LayerLosses(sum(found[part] for part in parts), **found)
+    return LayerLosses(sum(weight * found[part] for part, weight in weights.items()), **found)
 
 
 def distill_layers(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
+    projections: Projections,
     texts: datasets.Dataset,
     setup: Setup,
     *,
     steps: int,
-    parts: Collection[str] = PARTS,
-    memory: Memory | None = None,
+    weights: Mapping[str, float] = WEIGHTS,
 ) -> LayerLosses:
     """Train the student's layers to resemble the teacher's; its head learns nothing here.
 
     Args:
         student: learns, in place.
         teacher: frozen. It runs at every step: what it computes inside for all texts would fill a disk.
+        projections: from the student's width to the teacher's; they learn as well, in place. A second stage goes on
+            with those of the first, to which the student has been fitted.
         texts: tokenized; labels are not used.
         setup: the teacher's tokenizer, learning rate, warm-up, weight decay, clipping, batch size and seed.
         steps: optimiser steps.
-        parts: which losses are trained.
-        memory: what was computed inside a teacher for batches that came before, filled here. Students that see the same
-            batches can share it; a batch takes some 10 MB of main memory.
+        weights: of the losses; one that is left out has weight 0.
 
     Returns:
         The losses of every step, `[steps]`.
 
     Raises:
-        ValueError: `parts` names none of the losses or an unknown one; the teacher is in train mode; the two models
-            cannot be teacher and student.
+        ValueError: `weights` names an unknown loss, or none has a weight above 0; the teacher is in train mode; the
+            two models cannot be teacher and student.
         DivergedError: a loss or a gradient is not finite.
     """
     require_whole("steps", steps, minimum=1)
-    if not parts or not set(parts) <= set(PARTS):
-        raise ValueError(f"parts are {', '.join(parts) or 'none'}; name one or more of {', '.join(PARTS)}.")
+    if not set(weights) <= set(WEIGHTS) or min(weights.values(), default=0) < 0 or not any(weights.values()):
+        raise ValueError(
+            f"weights are {dict(weights)}; give numbers of at least 0 to {', '.join(WEIGHTS)}, one of them above 0."
+        )
     require_teacher_and_student(teacher, student)
     require_eval_mode(teacher)
     config, tokenizer = setup.config, setup.tokenizers.teacher
     mapping = layer_mapping(student.config.num_hidden_layers, teacher.config.num_hidden_layers, "uniform")
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        projections = Projections(student.config.hidden_size, teacher.config.hidden_size).to(setup.device)
-    memory = {} if memory is None else memory
-    # What makes two batches the same to a student, beside their token ids.
-    shared = (model_digest(teacher), tuple(mapping), str(setup.precision))
 
     def loss_of(batch: Batch) -> LayerLosses:
-        key = (*shared, batch["input_ids"].shape, batch["input_ids"].numpy().tobytes())
-        if key not in memory:
-            memory[key] = _on("cpu", _mapped_layers(teacher, batch, mapping))
-        shown = _on(setup.device, memory[key])
-        mask, same = batch["attention_mask"].to(setup.device), range(len(mapping))
-        return layer_losses(look_inside(student, batch), shown, mask, same, projections, parts)
+        with torch.no_grad():
+            shown = look_inside(teacher, batch)
+        mask = batch["attention_mask"].to(setup.device)
+        return layer_losses(look_inside(student, batch), shown, mask, mapping, projections, weights)
 
     progress = fit(
         [student, projections],
@@ -216,16 +210,3 @@ def distill_layers(
         description="Distilling layers",
     )
     return LayerLosses(*(progress.curve(name) for name in LayerLosses._fields))
-
-
-@torch.no_grad()
-def _mapped_layers(teacher: PreTrainedModel, batch: Batch, mapping: Sequence[int]) -> Layers:
-    """What a student learns from: the teacher's embedding, and the layers of the mapping in the student's order."""
-    found = look_inside(teacher, batch)
-    attention, hidden = (tuple(values[n] for n in mapping) for values in (found.attention, found.hidden))
-    return Layers(found.embedding, attention, hidden)
-
-
-def _on(device: torch.device | str, layers: Layers) -> Layers:
-    attention, hidden = (tuple(value.to(device) for value in values) for values in (layers.attention, layers.hidden))
-    return Layers(layers.embedding.to(device), attention, hidden)

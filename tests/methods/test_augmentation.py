@@ -57,7 +57,7 @@ def spans(text: str, *words: str) -> list[tuple[int, int]]:
 
 def test_only_plain_words_are_replaced(tokenizer):
     found = replaceable_words(TEXTS, tokenizer, 128)
-    assert [(w.start, w.end) for w in found[0][1]] == spans(TEXTS[0], "Deflategate", "is", "great", "it")
+    assert [(w.start, w.end) for w in found[0][1]] == spans(TEXTS[0], "Deflategate", "great")  # no stop words
     assert [(w.start, w.end) for w in found[2][1]] == spans(TEXTS[2], "ok")
     for ids, words in found:
         for word in words:
@@ -67,7 +67,7 @@ def test_only_plain_words_are_replaced(tokenizer):
 
 def test_a_word_that_was_cut_off_stays(tokenizer):
     (_, words), *_ = replaceable_words([TEXTS[1]], tokenizer, 4)  # [CLS] watching the [SEP]
-    assert [(w.start, w.end) for w in words] == spans(TEXTS[1], "Watching", "the")
+    assert [(w.start, w.end) for w in words] == spans(TEXTS[1], "Watching")
 
 
 def test_single_pieces_are_ranked_by_the_language_model(tokenizer, language):
@@ -87,7 +87,7 @@ def test_single_pieces_are_ranked_by_the_language_model(tokenizer, language):
             ranked = sorted(vocabulary, key=lambda word: -scores[vocabulary[word]].item())
             assert words == [word for word in ranked if word != text[start:end].lower()][:count]
             compared += 1
-    assert compared >= 6
+    assert compared == 3  # watching, great, ok
 
 
 def test_several_pieces_are_compared_by_their_embeddings(tokenizer, language):

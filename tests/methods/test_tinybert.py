@@ -1,23 +1,21 @@
-"""Layer distillation: the losses inside, what they train and what they leave alone, and what a memory may share."""
+"""Layer distillation: the losses inside, what they train and what they leave alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 from support.models import tiny_bert
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import BertConfig, BertForSequenceClassification
 
 from kd_helpers.config import DistillConfig
 from kd_helpers.data import LABEL_NAMES, training_batches
 from kd_helpers.loop import DivergedError
 from kd_helpers.methods.tinybert import (
-    PARTS,
+    WEIGHTS,
     Layers,
-    Memory,
     Projections,
     distill_layers,
     half_student,
@@ -139,17 +137,19 @@ def random_layers(layers: int, width: int) -> Layers:
     return Layers(draw(3, 5, width), attention, tuple(draw(3, 5, width) for _ in range(layers)))
 
 
-@pytest.mark.parametrize("parts", [PARTS, ("attention",), ("embedding", "hidden")])
-def test_losses_are_the_papers(parts):
+@pytest.mark.parametrize("weights", [WEIGHTS, {"attention": 1.0}, {"embedding": 1.0, "attention": 0.1, "hidden": 2.0}])
+def test_losses_are_the_papers(weights):
     torch.manual_seed(0)
     student, teacher, projections = random_layers(2, 4), random_layers(4, 6), Projections(4, 6)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
     with torch.no_grad():
-        found = layer_losses(student, teacher, mask, (1, 3), projections, parts)
+        found = layer_losses(student, teacher, mask, (1, 3), projections, weights)
         expected = naive_losses(student, teacher, mask, (1, 3), projections)
-    for part in PARTS:
+    for part in WEIGHTS:
         assert getattr(found, part).item() == pytest.approx(expected[part], rel=1e-5)
-    assert found.total.item() == pytest.approx(sum(expected[part] for part in parts), rel=1e-5)
+    assert found.total.item() == pytest.approx(
+        sum(weight * expected[part] for part, weight in weights.items()), rel=1e-5
+    )
 
 
 def test_padding_changes_nothing(student, teacher, batch):
@@ -164,11 +164,11 @@ def test_padding_changes_nothing(student, teacher, batch):
     torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", WEIGHTS)
 def test_a_part_trains_what_it_depends_on(student, teacher, batch, part):
     projections = Projections(16, 32)
     shown, own = look_inside(teacher, batch), look_inside(student, batch)
-    losses = layer_losses(own, shown, batch["attention_mask"], (1, 3), projections, (part,))
+    losses = layer_losses(own, shown, batch["attention_mask"], (1, 3), projections, {part: 1.0})
     losses.total.backward()
     moved = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert "bert.embeddings.word_embeddings.weight" in moved
@@ -186,13 +186,16 @@ def test_models_of_one_width_need_no_projection():
 def test_distilling_layers(student, teacher, tokenized, setup):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     known, names = weights_digest(teacher), set(student.state_dict())
-    losses = distill_layers(student, teacher, tokenized, setup, steps=40)
+    projections = Projections(16, 32)
+    drawn = projections.hidden.weight.clone()
+    losses = distill_layers(student, teacher, projections, tokenized, setup, steps=40)
     for part, values in losses._asdict().items():
         assert values.shape == (40,)
         assert values[-5:].mean() < 0.9 * values[:5].mean(), part
     torch.testing.assert_close(losses.total, losses.embedding + losses.attention + losses.hidden)
     after = student.state_dict()
     assert set(after) == names, "the projections stay outside"
+    assert not torch.equal(projections.hidden.weight, drawn), "they learn, for the next stage to go on with"
     for name in ("classifier.weight", "bert.pooler.dense.weight"):
         assert torch.equal(after[name], before[name])
     assert not torch.equal(
@@ -206,7 +209,7 @@ def test_the_seed_decides(teacher, tokenized, setup):
         torch.manual_seed(seed)
         own = random_like(narrow_shape(teacher, layers=2, width=16), seed=seed)
         seeded = dataclasses.replace(setup, config=CONFIG.replace(seed=seed))
-        return distill_layers(own, teacher, tokenized, seeded, steps=3).total
+        return distill_layers(own, teacher, Projections(16, 32), tokenized, seeded, steps=3).total
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
@@ -214,12 +217,12 @@ def test_the_seed_decides(teacher, tokenized, setup):
 
 def test_what_cannot_be_distilled(student, teacher, tokenized, setup):
     def run(*, learns=student, teaches=teacher, **changes):
-        return distill_layers(learns, teaches, tokenized, setup, **{"steps": 2} | changes)
+        maps = Projections(learns.config.hidden_size, teaches.config.hidden_size)
+        return distill_layers(learns, teaches, maps, tokenized, setup, **{"steps": 2} | changes)
 
-    with pytest.raises(ValueError, match="parts are none; name one or more of embedding, attention, hidden"):
-        run(parts=())
-    with pytest.raises(ValueError, match="parts are logits; name one or more"):
-        run(parts=("logits",))
+    for weights in ({}, {"logits": 1.0}, {"hidden": 0.0}, {"hidden": 1.0, "attention": -1.0}):
+        with pytest.raises(ValueError, match="give numbers of at least 0 to embedding, attention, hidden, one of them"):
+            run(weights=weights)
     with pytest.raises(ValueError, match="steps is 0"):
         run(steps=0)
     with pytest.raises(ValueError, match="train mode"):
@@ -249,124 +252,6 @@ def test_a_gradient_that_is_not_finite_is_named(student, teacher, tokenized, set
     losses = f"total {number}, embedding {number}, attention {number}, hidden {number}"
     sentence = rf"^training diverged at step 2 \({losses}, gradient norm (inf|nan)\): lower the learning rate"
     with pytest.raises(DivergedError, match=sentence) as error:
-        distill_layers(student, teacher, tokenized, setup, steps=3)
+        distill_layers(student, teacher, Projections(16, 32), tokenized, setup, steps=3)
     assert error.value.step == 2
     assert all(value.isfinite().all() for value in student.state_dict().values()), "the step was not made"
-
-
-# What a memory may share
-
-
-class Trained(NamedTuple):
-    """The losses of a training and what came of the student."""
-
-    losses: torch.Tensor
-    weights: dict[str, torch.Tensor]
-
-
-def trained(
-    teacher: PreTrainedModel, texts, setup: Setup, *, layers: int, memory: Memory | None, steps: int = 2
-) -> Trained:
-    torch.manual_seed(0)
-    own = random_like(narrow_shape(teacher, layers=layers, width=16), seed=0).to(setup.device)
-    losses = distill_layers(own, teacher, texts, setup, steps=steps, memory=memory)
-    return Trained(torch.stack(tuple(losses)), own.state_dict())
-
-
-def assert_same(one: Trained, other: Trained) -> None:
-    """Bit by bit."""
-    assert torch.equal(one.losses, other.losses)
-    assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
-
-
-def test_students_of_the_same_batches_share_what_the_teacher_has_inside(teacher, tokenized, setup):
-    passes, memory = [], {}
-    teacher.bert.register_forward_hook(lambda *_: passes.append(1))
-
-    def run(**options) -> torch.Tensor:
-        torch.manual_seed(0)
-        own = random_like(narrow_shape(teacher, layers=2, width=16), seed=0)
-        return distill_layers(own, teacher, tokenized, setup, **options).total
-
-    first = run(steps=4, memory=memory)
-    assert len(passes) == 4
-    assert torch.equal(run(steps=4, memory=memory), first)
-    run(steps=6, memory=memory)
-    assert len(passes) == 6, "only the last two are new"
-    assert torch.equal(run(steps=4), first)
-    assert len(passes) == 10
-
-
-def test_students_of_other_depths_never_mix(tokenized, setup):
-    """Three layers learn from the layers 1, 3 and 5 of six, two from 2 and 5."""
-    teacher, memory = freeze(tiny_bert(layers=6, seed=1)), {}
-    for layers in (3, 2, 3):
-        shared = trained(teacher, tokenized, setup, layers=layers, memory=memory)
-        assert_same(shared, trained(teacher, tokenized, setup, layers=layers, memory={}))
-    assert len(memory) == 4, "the third had nothing to add"
-
-
-def test_teachers_of_one_shape_never_mix(tokenized, setup):
-    """As the pre-trained teacher and the fine-tuned one, whose batches may be the same."""
-    memory: Memory = {}
-    teachers = [freeze(tiny_bert(layers=4, seed=seed)) for seed in (1, 2)]
-    for teacher in teachers:
-        shared = trained(teacher, tokenized, setup, layers=2, memory=memory)
-        assert_same(shared, trained(teacher, tokenized, setup, layers=2, memory={}))
-    assert len(memory) == 4
-
-
-def test_a_teacher_that_was_trained_on_is_another(teacher, tokenized, setup):
-    memory: Memory = {}
-    trained(teacher, tokenized, setup, layers=2, memory=memory)
-    with torch.no_grad():
-        teacher.bert.encoder.layer[1].output.dense.bias += 0.5
-    shared = trained(teacher, tokenized, setup, layers=2, memory=memory)
-    assert_same(shared, trained(teacher, tokenized, setup, layers=2, memory={}))
-
-
-def test_precisions_never_mix(teacher, tokenized, setup):
-    memory: Memory = {}
-    for precision in (torch.float32, torch.bfloat16):
-        own = dataclasses.replace(setup, precision=precision)
-        shared = trained(teacher, tokenized, own, layers=2, memory=memory)
-        assert_same(shared, trained(teacher, tokenized, own, layers=2, memory={}))
-
-
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))],
-)
-def test_a_memory_takes_main_memory_and_no_graph(tokenized, setup, device):
-    memory: Memory = {}
-    own = dataclasses.replace(setup, device=torch.device(device))
-    teacher = tiny_bert(layers=4, seed=1).eval().to(device)  # which nobody froze
-    shared = trained(teacher, tokenized, own, layers=2, memory=memory)
-    tensors = [value for kept in memory.values() for value in (kept.embedding, *kept.attention, *kept.hidden)]
-    assert len(tensors) == 2 * (1 + 2 + 2), "two batches, and of each the layers of the mapping alone"
-    assert {value.device.type for value in tensors} == {"cpu"}
-    assert not any(value.requires_grad for value in tensors)
-    assert all(value.device.type == device for value in shared.weights.values())
-
-
-def test_a_memory_is_filled_with_what_was_moved_to_main_memory(teacher, tokenized, setup, monkeypatch):
-    """Where there is no GPU, everything is in main memory; that each tensor is sent there is seen all the same."""
-    sent: list[torch.Tensor] = []
-    to, found = torch.Tensor.to, []
-
-    def watched(value: torch.Tensor, *arguments, **options) -> torch.Tensor:
-        moved = to(value, *arguments, **options)
-        if "cpu" in map(str, (*arguments, *options.values())):
-            sent.append(moved)
-        return moved
-
-    class Watching(dict):
-        def __setitem__(self, key, kept: Layers) -> None:
-            found.append(
-                [any(value is moved for moved in sent) for value in (kept.embedding, *kept.attention, *kept.hidden)]
-            )
-            super().__setitem__(key, kept)
-
-    monkeypatch.setattr(torch.Tensor, "to", watched)
-    trained(teacher, tokenized, setup, layers=2, memory=Watching(), steps=1)
-    assert found == [[True] * 5]

@@ -1,0 +1,51 @@
+"""Where a stored result comes from, in a sentence or two for its readers.
+
+Apart from `study`, so that other words change the code of no study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kd_helpers import artifacts
+from kd_helpers.experiments import RESULTS
+from kd_helpers.provenance import source_digest
+
+
+def is_current(result: Mapping[str, Any]) -> bool:
+    """Whether a stored result was made by the code of today. Results of version 0.4.0 and before name no code."""
+    made = result["made_with"]
+    return "source" in made and made["source"] == source_digest(made["module"])
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """What made a stored result, and when; if its code has changed since, what today's code gives in its place.
+
+    Runs that were made again are those of `again`.
+    """
+    made = result["made_with"]
+    first = f"Made with torch {made['torch']} on {made['date']}."
+    if is_current(result):
+        return first
+    return f"{first} Parts of the code that made it have changed since{_made_again(made)}."
+
+
+def made_again() -> dict[str, Any]:
+    """The runs of stored studies that were made again, and what they gave (see `again.make_again`)."""
+    return artifacts.load_json(RESULTS / "again.json")
+
+
+def _made_again(made: Mapping[str, str]) -> str:
+    runs = [run for run in made_again().values() if run["of"] == {name: made.get(name) for name in run["of"]}]
+    if not runs:
+        return ", and it has not been made again"
+    number = "one of its runs" if len(runs) == 1 else f"{len(runs)} of its runs"
+    other = [
+        f"{name} {again:.4f} (stored: {stored:.4f})"
+        for run in runs
+        for name, (stored, again) in run["measures"].items()
+        if again != stored
+    ]
+    found = f"other numbers: {', '.join(other)}" if other else "the same numbers"
+    return f"; {number}, made again on {max(run['date'] for run in runs)}, gave {found}"

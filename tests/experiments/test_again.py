@@ -1,0 +1,135 @@
+"""One run of every stored study is made again by the code of today, and held to what is stored.
+
+What takes seconds is in `make test`, the rest in `make test-longer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+from pathlib import Path
+
+import pytest
+
+from kd_helpers import artifacts
+from kd_helpers.course.full_sweep import SWEPT
+from kd_helpers.experiments import again
+from kd_helpers.experiments.again import ENTRIES, Entry, make_again, stored_part
+from kd_helpers.experiments.origin import made_again
+from kd_helpers.experiments.studies import STUDIES
+from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
+from kd_helpers.experiments.sweep import stored_sweep, sweep
+
+QUICK = ("dark_knowledge", "survey", "survey.subliminal", "survey.calibration")
+# Another processor rounds in another order, and then runs part as two seeds do. Over the seeds, the accuracy of most of
+# these arms has a standard deviation below half a point. So this is a band of four of them; some arms have a wider one.
+TOLERANCES = {"accuracy": 0.02, "float32_accuracy": 0.02, "int8_accuracy": 0.02, "nll": 0.06, "nats": 0.06}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.longer) for name in ENTRIES]
+)
+def test_a_run_that_is_made_again_gives_what_is_stored(name, own_artifacts_but_teacher):
+    measures = make_again(name)["measures"]
+    assert measures.keys() == set(ENTRIES[name].measures)
+    of_arm = [run for run in stored_part(name)["runs"] if run["arm"] == ENTRIES[name].arm]
+    for measure, (stored, now) in measures.items():
+        spread = 4 * statistics.stdev(float(run[measure]) for run in of_arm)
+        assert now == pytest.approx(stored, abs=max(TOLERANCES.get(measure, 0), spread)), measure
+
+
+@pytest.mark.longer
+def test_one_run_of_the_stored_sweep_is_what_a_new_run_gives(own_artifacts_but_teacher, tmp_path):
+    sought = {"temperature": 4.0, "alpha": 0.9, "seed": 0}
+    stored = next(run for run in stored_sweep()["runs"] if sought.items() <= run.items())
+    grid = {name: [value] for name, value in sought.items()}
+    # As one of two jobs it gets one thread, as in the stored sweep, whatever else runs.
+    (run,) = sweep(SWEPT, grid, fixed=stored_sweep()["fixed"], out=tmp_path / "out", jobs=2).to_dict("records")
+    assert run["status"] == "finished", run["error"]
+    for measure in ("accuracy", "nll"):
+        assert run[f"test_{measure}"] == pytest.approx(stored[f"test_{measure}"], abs=TOLERANCES[measure])
+    assert run["test_macro_recall"] == pytest.approx(stored["test_macro_recall"], abs=TOLERANCES["accuracy"])
+
+
+def test_every_study_and_part_that_names_its_code_has_an_entry():
+    named = {name: stored_study(name) for name in STUDIES}
+    named |= {
+        f"{name}.{part}": value
+        for name, stored in named.items()
+        for part, value in stored.items()
+        if isinstance(value, dict) and "made_with" in value
+    }
+    assert ENTRIES.keys() == {name for name, stored in named.items() if "source" in stored["made_with"]}  # since 0.5.0
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_names_a_stored_run_and_its_measures(name):
+    entry, stored = ENTRIES[name], stored_part(name)
+    (run,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, entry.seed))
+    assert set(entry.measures) <= run.keys()
+
+
+def test_what_was_made_again_is_of_what_is_stored():
+    """Or readers would be told of an older result."""
+    for name, found in made_again().items():
+        entry, stored = ENTRIES[name], stored_part(name)
+        assert found["of"] == {key: stored["made_with"][key] for key in found["of"]}
+        assert (found["arm"], found["seed"]) == (entry.arm, entry.seed)
+        (run,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, entry.seed))
+        assert {measure: then for measure, (then, _) in found["measures"].items()} == {
+            measure: float(run[measure]) for measure in entry.measures
+        }
+
+
+# The command
+
+
+@dataclasses.dataclass(frozen=True)
+class Plus:
+    plus: float
+
+
+@pytest.fixture
+def small(own_artifacts, monkeypatch, tmp_path) -> Path:
+    """Two stored studies of one arm, and the folder of the results."""
+
+    def built(plus: float) -> Study:
+        arms = {"only": Arm("Only", Plus(plus))}
+        return Study("small", "kd_helpers.experiments.study", arms, (0,), {}, lambda r, s, _: {"score": s + r.plus})
+
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(again, "RESULTS", results)
+    monkeypatch.setattr(
+        again,
+        "ENTRIES",
+        {
+            "same": Entry(lambda _: built(0.5), "only", ("score",)),
+            "other": Entry(lambda _: built(1), "only", ("score",)),
+        },
+    )
+    monkeypatch.setattr(again, "stored_study", lambda _name: run_study(built(0.5)))
+    return results / "again.json"
+
+
+def test_the_command_stores_what_runs_gave(small, capsys):
+    assert again.main(["same"]) == 0
+    assert capsys.readouterr().out == "same, only, seed 0: score 0.5000 (stored: 0.5000)\n"
+    assert list(artifacts.load_json(small)) == ["same"]
+    assert again.main([]) == 0
+    assert "other, only, seed 0: score 1.0000 (stored: 0.5000)\n" in capsys.readouterr().out
+    stored = artifacts.load_json(small)
+    assert {name: run["measures"] for name, run in stored.items()} == {
+        "other": {"score": [0.5, 1.0]},
+        "same": {"score": [0.5, 0.5]},
+    }
+    assert stored["same"]["date"] == datetime.date.today().isoformat()
+
+
+def test_a_study_that_has_no_entry_is_refused(small, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        again.main(["same", "another"])
+    assert stopped.value.code == 2
+    assert "there is no stored run of another; choose from same, other." in capsys.readouterr().err
+    assert not small.exists()

@@ -1,0 +1,92 @@
+"""What readers are told of where a stored result comes from."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+from nbval.plugin import get_sanitize_patterns
+
+from kd_helpers.experiments import origin as told
+from kd_helpers.experiments.origin import is_current, origin
+from kd_helpers.experiments.studies import STUDIES
+from kd_helpers.experiments.study import made_with, stored_study
+
+MODULE = "kd_helpers.experiments.dark_knowledge"
+CHANGED = " Parts of the code that made it have changed since"
+OF = {"module": MODULE, "source": "0123456789abcdef", "date": "2030-01-02"}
+
+
+def made_then(**changes: str) -> dict[str, dict[str, str]]:
+    return {"made_with": made_with(MODULE) | OF | {"torch": "9.9"} | changes}
+
+
+def run_again(**measures: list[float]) -> dict[str, object]:
+    return {"of": OF, "arm": "one", "seed": 0, "source": "f" * 16, "date": "2031-02-03", "measures": measures}
+
+
+@pytest.fixture
+def again(monkeypatch) -> dict[str, object]:
+    """The runs that were made again: none, unless a test adds some."""
+    runs: dict[str, object] = {}
+    monkeypatch.setattr(told, "made_again", lambda: runs)
+    return runs
+
+
+def test_of_a_result_of_todays_code_the_day_is_told():
+    result = {"made_with": made_with(MODULE)}
+    assert is_current(result)
+    assert origin(result) == f"Made with torch {result['made_with']['torch']} on {datetime.date.today().isoformat()}."
+
+
+def test_of_a_result_of_other_code_that_it_has_changed(again):
+    no_code = {name: value for name, value in made_then()["made_with"].items() if name not in ("source", "module")}
+    for result in (made_then(), {"made_with": no_code}):
+        assert not is_current(result)
+        said = f"Made with torch 9.9 on 2030-01-02.{CHANGED}, and it has not been made again."
+        assert origin(result) == said
+
+
+def test_and_what_a_run_gave_that_was_made_again(again):
+    again["one"] = run_again(accuracy=[0.75, 0.75])
+    start = f"Made with torch 9.9 on 2030-01-02.{CHANGED}; "
+    assert origin(made_then()) == f"{start}one of its runs, made again on 2031-02-03, gave the same numbers."
+    again["two"] = run_again(nll=[0.5, 0.5]) | {"date": "2031-02-04"}
+    assert origin(made_then()) == f"{start}2 of its runs, made again on 2031-02-04, gave the same numbers."
+    again["one"] = run_again(accuracy=[0.75, 0.7501], nll=[0.5, 0.5])
+    said = "2 of its runs, made again on 2031-02-04, gave other numbers: accuracy 0.7501 (stored: 0.7500)."
+    assert origin(made_then()) == start + said
+
+
+@pytest.mark.parametrize("other", [{"date": "2030-01-03"}, {"source": "a" * 16}, {"module": "kd_helpers.loop"}])
+def test_a_run_of_another_result_says_nothing_of_this_one(again, other):
+    again["one"] = run_again(accuracy=[0.75, 0.75])
+    assert origin(made_then(**other)).endswith(f"{CHANGED}, and it has not been made again.")
+
+
+@pytest.mark.parametrize("width", [30, 60, 88])
+@pytest.mark.parametrize("measures", [{}, {"accuracy": [0.75, 0.75]}, {"accuracy": [0.75, 0.76], "nll": [0.5, 0.25]}])
+def test_the_notebooks_are_compared_without_what_another_version_of_the_code_adds(again, measures, width):
+    if measures:
+        again["one"] = run_again(**measures)
+    today = {"made_with": made_then()["made_with"] | {"source": made_with(MODULE)["source"]}}
+    ((pattern, replacement),) = get_sanitize_patterns(
+        (Path(__file__).parents[1] / "notebooks/sanitize.ini").read_text()
+    )
+    said = textwrap.fill(origin(made_then()) + " Something else.", width)
+    expected = textwrap.fill(origin(today) + " Something else.", width)
+    assert re.sub(pattern, replacement, said).split() == expected.split()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_stored_study_says_where_it_comes_from(name):
+    stored = stored_study(name)
+    made, said = stored["made_with"], origin(stored)
+    assert said.startswith(f"Made with torch {made['torch']} on {made['date']}.")
+    datetime.date.fromisoformat(made["date"])
+    if "source" not in made:  # of 0.4.0 and before
+        assert not is_current(stored)
+    assert (CHANGED in said) == (not is_current(stored))
