@@ -47,5 +47,7 @@ def _made_again(made: Mapping[str, str]) -> str:
         for name, (stored, again) in run["measures"].items()
         if again != stored
     ]
-    found = f"other numbers: {', '.join(other)}" if other else "the same numbers"
+    found = "the same numbers"
+    if other:
+        found = f"other numbers, as another processor alone can cause: {', '.join(other)}"
     return f"; {number}, made again on {max(run['date'] for run in runs)}, gave {found}"

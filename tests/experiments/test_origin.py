@@ -57,7 +57,7 @@ def test_and_what_a_run_gave_that_was_made_again(again):
     again["two"] = run_again(nll=[0.5, 0.5]) | {"date": "2031-02-04"}
     assert origin(made_then()) == f"{start}2 of its runs, made again on 2031-02-04, gave the same numbers."
     again["one"] = run_again(accuracy=[0.75, 0.7501], nll=[0.5, 0.5])
-    said = "2 of its runs, made again on 2031-02-04, gave other numbers: accuracy 0.7501 (stored: 0.7500)."
+    said = "2 of its runs, made again on 2031-02-04, gave other numbers, as another processor alone can cause: accuracy 0.7501 (stored: 0.7500)."
     assert origin(made_then()) == start + said
 
 
