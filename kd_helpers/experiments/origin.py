@@ -28,7 +28,7 @@ def origin(result: Mapping[str, Any]) -> str:
     first = f"Made with torch {made['torch']} on {made['date']}."
     if is_current(result):
         return first
-    return f"{first} Parts of the code that made it have changed since{_made_again(made)}."
+    return f"{first} Parts of the code that made it have changed since{_made_again(result)}."
 
 
 def made_again() -> dict[str, Any]:
@@ -36,8 +36,8 @@ def made_again() -> dict[str, Any]:
     return artifacts.load_json(RESULTS / "again.json")
 
 
-def _made_again(made: Mapping[str, str]) -> str:
-    runs = [run for run in made_again().values() if run["of"] == {name: made.get(name) for name in run["of"]}]
+def _made_again(result: Mapping[str, Any]) -> str:
+    runs = [run for run in made_again().values() if _is_of(run, result)]
     if not runs:
         return ", and it has not been made again"
     number = "one of its runs" if len(runs) == 1 else f"{len(runs)} of its runs"
@@ -51,3 +51,15 @@ def _made_again(made: Mapping[str, str]) -> str:
     if other:
         found = f"other numbers, as another processor alone can cause: {', '.join(other)}"
     return f"; {number}, made again on {max(run['date'] for run in runs)}, gave {found}"
+
+
+def _is_of(run: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a run that was made again is one of a result's, and not of another part that was made on the same day."""
+    if run["of"] != {name: result["made_with"].get(name) for name in run["of"]}:
+        return False
+    measures = {name: stored for name, (stored, _) in run["measures"].items()}
+    return any(
+        (stored["arm"], stored["seed"]) == (run["arm"], run["seed"])
+        and measures == {name: stored.get(name) for name in measures}
+        for stored in result["runs"]
+    )
