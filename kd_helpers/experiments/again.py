@@ -1,16 +1,20 @@
 """Whether today's code still gives what is stored: one run of every stored study, made again.
 
 A study takes hours, and the library goes on changing. If a run that is made again gives what is stored, what has
-changed since did not change the results. On another kind of processor rounding differs, and then two runs with the same
-seed part as two seeds do.
+changed since did not change it. On another kind of processor rounding differs, and then two runs with the same seed
+part as two seeds do. A run is made again only if everything that the study names as its choices, such as the digest of
+its texts, is still the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib
+import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,6 +25,10 @@ from kd_helpers.experiments import RESULTS
 from kd_helpers.experiments.study import Study, run_arm, stored_study
 from kd_helpers.provenance import source_digest
 from kd_helpers.resolve import resolve
+
+
+class OtherChoicesError(ValueError):
+    """Today's code would make a study with other choices than the stored one, so that one run shows nothing."""
 
 
 class Entry(NamedTuple):
@@ -53,7 +61,8 @@ def _comparison(stored: Mapping[str, Any]) -> Study:
     """In the precision that "auto" meant when the study was made."""
     config = DistillConfig(**stored["choices"]["config"])
     precision = re.search(r"torch\.(\w+)\)", stored["choices"]["machine"])[1]
-    return _module("comparison").comparison_study(config.replace(precision=precision))
+    study = _module("comparison").comparison_study(config.replace(precision=precision))
+    return dataclasses.replace(study, choices={**study.choices, "config": config.to_dict()})
 
 
 def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
@@ -66,11 +75,6 @@ def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
         return tinybert.tinybert_study(material, rates.__getitem__, getattr(tinybert, arms))
 
     return build
-
-
-def _tweets_written(_stored: Mapping[str, Any]) -> Study:
-    models = _module("language_models")
-    return models.language_models_study(models.TWEETS, models.TWEETS_TRAINING, arms=models.REAL_ARMS, name="tweets")
 
 
 def _made_task(task: str) -> Callable[[Mapping[str, Any]], Study]:
@@ -106,10 +110,9 @@ ENTRIES: dict[str, Entry] = {
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),
-    "language_models.tweets": Entry(_tweets_written, "baseline", ("nats",)),
     "language_models.sizes": Entry(_without_choices("language_models", "sizes_study"), "32 × 1", ("nats",)),
-    "rationales": Entry(_made_task("knowledge"), "labels_200", ("accuracy",)),
-    "rationales.arithmetic": Entry(_made_task("arithmetic"), "labels_200", ("accuracy",)),
+    "rationales": Entry(_made_task("knowledge"), "first_3200", ("accuracy",)),
+    "rationales.arithmetic": Entry(_made_task("arithmetic"), "first_3200", ("accuracy",)),
     "rationales.tweets": Entry(_explained_tweets, "labels_3000", ("accuracy",)),
     "survey": Entry(_digits, "response"),
     "survey.tweets": Entry(_on_tweets("survey_tweets", "tweets_study"), "labels"),
@@ -139,9 +142,18 @@ def make_again(name: str) -> dict[str, Any]:
     Returns:
         Ready for JSON: `of`, which names the stored result (`module`, `source` and `date` of what made it); `arm` and
         `seed`; `source` and `date` of now; and `measures`, for each name what is stored and what the run gave.
+
+    Raises:
+        OtherChoicesError: the study's choices are no longer those of the stored one.
     """
     entry, stored = ENTRIES[name], stored_part(name)
     study = entry.build(stored)
+    then, now = stored["choices"], json.loads(json.dumps(dict(study.choices)))
+    if other := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
+        raise OtherChoicesError(
+            f"the stored study and today's differ in their choices ({', '.join(other)}), so one run would show "
+            f"nothing; make the whole study again: `kd-helpers study {name.partition('.')[0]}`."
+        )
     again = run_arm(study, entry.arm, entry.seed)
     (before,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, entry.seed))
     return {
@@ -158,7 +170,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers agai
     """Make one run of stored studies again, and store in the package what it gave.
 
     Returns:
-        Exit status: 0. A request that can't be met exits with 2.
+        Exit status: 0, or 1 if a run could not be made. A request that can't be met exits with 2.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -170,13 +182,25 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers agai
     names = parser.parse_args(arguments).studies or list(ENTRIES)
     if unknown := [name for name in names if name not in ENTRIES]:
         parser.error(f"there is no stored run of {', '.join(unknown)}; choose from {', '.join(ENTRIES)}.")
-    path = RESULTS / "again.json"
+    failed = False
     for name in names:
-        found = make_again(name)
-        kept = artifacts.load_json(path) if path.exists() else {}
-        artifacts.save_json(path, dict(sorted((kept | {name: found}).items())))
+        try:
+            found = make_again(name)
+        except (OtherChoicesError, FileNotFoundError) as error:  # the latter: texts that are not installed
+            failed = True
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
+        _store(name, found)
         told = ", ".join(
             f"{measure} {now:.4f} (stored: {then:.4f})" for measure, (then, now) in found["measures"].items()
         )
         print(f"{name}, {found['arm']}, seed {found['seed']}: {told}", flush=True)
-    return 0
+    return int(failed)
+
+
+def _store(name: str, found: Mapping[str, Any]) -> None:
+    """Keep what a run gave beside what others gave; another process may do the same at this moment."""
+    path = RESULTS / "again.json"
+    with artifacts.locked(artifacts.artifacts_dir() / path.name):
+        kept = artifacts.load_json(path) if path.exists() else {}
+        artifacts.save_json(path, dict(sorted((kept | {name: found}).items())))

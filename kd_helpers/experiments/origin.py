@@ -37,20 +37,18 @@ def made_again() -> dict[str, Any]:
 
 
 def _made_again(result: Mapping[str, Any]) -> str:
-    runs = [run for run in made_again().values() if _is_of(run, result)]
-    if not runs:
+    run = next((run for run in made_again().values() if _is_of(run, result)), None)
+    if run is None:
         return ", and it has not been made again"
-    number = "one of its runs" if len(runs) == 1 else f"{len(runs)} of its runs"
     other = [
         f"{name} {again:.4f} (stored: {stored:.4f})"
-        for run in runs
         for name, (stored, again) in run["measures"].items()
         if again != stored
     ]
     found = "the same numbers"
     if other:
-        found = f"other numbers, as another processor alone can cause: {', '.join(other)}"
-    return f"; {number}, made again on {max(run['date'] for run in runs)}, gave {found}"
+        found = f"other numbers, by the code or by another processor: {', '.join(other)}"
+    return f"; one of its runs, made again on {run['date']}, gave {found}"
 
 
 def _is_of(run: Mapping[str, Any], result: Mapping[str, Any]) -> bool:

@@ -15,28 +15,47 @@ import pytest
 from kd_helpers import artifacts
 from kd_helpers.course.full_sweep import SWEPT
 from kd_helpers.experiments import again
-from kd_helpers.experiments.again import ENTRIES, Entry, make_again, stored_part
+from kd_helpers.experiments.again import ENTRIES, Entry, OtherChoicesError, make_again, stored_part
 from kd_helpers.experiments.origin import made_again
 from kd_helpers.experiments.studies import STUDIES
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
 from kd_helpers.experiments.sweep import stored_sweep, sweep
 
 QUICK = ("dark_knowledge", "survey", "survey.subliminal", "survey.calibration")
-# Another processor rounds in another order, and then runs part as two seeds do. Over the seeds, the accuracy of most of
-# these arms has a standard deviation below half a point. So this is a band of four of them; some arms have a wider one.
-TOLERANCES = {"accuracy": 0.02, "float32_accuracy": 0.02, "int8_accuracy": 0.02, "nll": 0.06, "nats": 0.06}
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.longer) for name in ENTRIES]
 )
 def test_a_run_that_is_made_again_gives_what_is_stored(name, own_artifacts_but_teacher):
-    measures = make_again(name)["measures"]
+    """Another processor rounds in another order, and then runs part as two seeds do: four standard deviations."""
+    try:
+        measures = make_again(name)["measures"]
+    except (
+        OtherChoicesError,
+        FileNotFoundError,
+    ) as error:  # until the whole study is made again, or its texts are here
+        pytest.skip(str(error))
     assert measures.keys() == set(ENTRIES[name].measures)
     of_arm = [run for run in stored_part(name)["runs"] if run["arm"] == ENTRIES[name].arm]
     for measure, (stored, now) in measures.items():
-        spread = 4 * statistics.stdev(float(run[measure]) for run in of_arm)
-        assert now == pytest.approx(stored, abs=max(TOLERANCES.get(measure, 0), spread)), measure
+        spread = statistics.stdev(float(run[measure]) for run in of_arm)
+        assert now == pytest.approx(stored, abs=4 * spread), measure
+
+
+def test_the_quick_ones_have_the_choices_of_today(own_artifacts, monkeypatch):
+    """So none of them is skipped."""
+
+    class ReachedError(Exception):
+        pass
+
+    def run(*_arguments):
+        raise ReachedError
+
+    monkeypatch.setattr(again, "run_arm", run)
+    for name in QUICK:
+        with pytest.raises(ReachedError):
+            make_again(name)
 
 
 @pytest.mark.longer
@@ -47,9 +66,8 @@ def test_one_run_of_the_stored_sweep_is_what_a_new_run_gives(own_artifacts_but_t
     # As one of two jobs it gets one thread, as in the stored sweep, whatever else runs.
     (run,) = sweep(SWEPT, grid, fixed=stored_sweep()["fixed"], out=tmp_path / "out", jobs=2).to_dict("records")
     assert run["status"] == "finished", run["error"]
-    for measure in ("accuracy", "nll"):
-        assert run[f"test_{measure}"] == pytest.approx(stored[f"test_{measure}"], abs=TOLERANCES[measure])
-    assert run["test_macro_recall"] == pytest.approx(stored["test_macro_recall"], abs=TOLERANCES["accuracy"])
+    for measure, tolerance in (("accuracy", 0.02), ("macro_recall", 0.02), ("nll", 0.06)):
+        assert run[f"test_{measure}"] == pytest.approx(stored[f"test_{measure}"], abs=tolerance)
 
 
 def test_every_study_and_part_that_names_its_code_has_an_entry():
@@ -60,7 +78,9 @@ def test_every_study_and_part_that_names_its_code_has_an_entry():
         for part, value in stored.items()
         if isinstance(value, dict) and "made_with" in value
     }
-    assert ENTRIES.keys() == {name for name, stored in named.items() if "source" in stored["made_with"]}  # since 0.5.0
+    expected = {name for name, stored in named.items() if "source" in stored["made_with"]}  # since 0.5.0
+    # The choices of the models that write tweets do not name their texts, which have changed.
+    assert ENTRIES.keys() == expected - {"language_models.tweets"}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -94,21 +114,21 @@ class Plus:
 def small(own_artifacts, monkeypatch, tmp_path) -> Path:
     """Two stored studies of one arm, and the folder of the results."""
 
-    def built(plus: float) -> Study:
-        arms = {"only": Arm("Only", Plus(plus))}
-        return Study("small", "kd_helpers.experiments.study", arms, (0,), {}, lambda r, s, _: {"score": s + r.plus})
+    def built(plus: float, texts: str = "one") -> Study:
+        arms, choices = {"only": Arm("Only", Plus(plus))}, {"texts": texts}
+        return Study(
+            "small", "kd_helpers.experiments.study", arms, (0,), choices, lambda r, s, _: {"score": s + r.plus}
+        )
 
     results = tmp_path / "results"
     results.mkdir()
     monkeypatch.setattr(again, "RESULTS", results)
-    monkeypatch.setattr(
-        again,
-        "ENTRIES",
-        {
-            "same": Entry(lambda _: built(0.5), "only", ("score",)),
-            "other": Entry(lambda _: built(1), "only", ("score",)),
-        },
-    )
+    entries = {
+        "same": Entry(lambda _: built(0.5), "only", ("score",)),
+        "other": Entry(lambda _: built(1), "only", ("score",)),
+        "other_texts": Entry(lambda _: built(0.5, "two"), "only", ("score",)),
+    }
+    monkeypatch.setattr(again, "ENTRIES", entries)
     monkeypatch.setattr(again, "stored_study", lambda _name: run_study(built(0.5)))
     return results / "again.json"
 
@@ -117,7 +137,7 @@ def test_the_command_stores_what_runs_gave(small, capsys):
     assert again.main(["same"]) == 0
     assert capsys.readouterr().out == "same, only, seed 0: score 0.5000 (stored: 0.5000)\n"
     assert list(artifacts.load_json(small)) == ["same"]
-    assert again.main([]) == 0
+    assert again.main(["same", "other"]) == 0
     assert "other, only, seed 0: score 1.0000 (stored: 0.5000)\n" in capsys.readouterr().out
     stored = artifacts.load_json(small)
     assert {name: run["measures"] for name, run in stored.items()} == {
@@ -127,9 +147,20 @@ def test_the_command_stores_what_runs_gave(small, capsys):
     assert stored["same"]["date"] == datetime.date.today().isoformat()
 
 
+def test_a_study_that_would_be_made_with_other_choices_is_left_out(small, capsys):
+    assert again.main([]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 2
+    assert printed.err.endswith(
+        "other_texts: the stored study and today's differ in their choices (texts), so one run would show nothing; "
+        "make the whole study again: `kd-helpers study other_texts`.\n"
+    )
+    assert artifacts.load_json(small).keys() == {"same", "other"}
+
+
 def test_a_study_that_has_no_entry_is_refused(small, capsys):
     with pytest.raises(SystemExit) as stopped:
         again.main(["same", "another"])
     assert stopped.value.code == 2
-    assert "there is no stored run of another; choose from same, other." in capsys.readouterr().err
+    assert "there is no stored run of another; choose from same, other, other_texts." in capsys.readouterr().err
     assert not small.exists()

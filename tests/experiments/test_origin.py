@@ -53,14 +53,12 @@ def test_of_a_result_of_other_code_that_it_has_changed(again):
 
 
 def test_and_what_a_run_gave_that_was_made_again(again):
+    start = f"Made with torch 9.9 on 2030-01-02.{CHANGED}; one of its runs, made again on 2031-02-03, gave "
     again["one"] = run_again(accuracy=[0.75, 0.75])
-    start = f"Made with torch 9.9 on 2030-01-02.{CHANGED}; "
-    assert origin(made_then()) == f"{start}one of its runs, made again on 2031-02-03, gave the same numbers."
-    again["two"] = run_again("two", nll=[0.5, 0.5]) | {"date": "2031-02-04"}
-    assert origin(made_then()) == f"{start}2 of its runs, made again on 2031-02-04, gave the same numbers."
+    assert origin(made_then()) == f"{start}the same numbers."
     again["one"] = run_again(accuracy=[0.75, 0.7501], nll=[0.5, 0.5])
-    said = "2 of its runs, made again on 2031-02-04, gave other numbers, as another processor alone can cause: "
-    assert origin(made_then()) == f"{start}{said}accuracy 0.7501 (stored: 0.7500)."
+    said = "other numbers, by the code or by another processor: accuracy 0.7501 (stored: 0.7500)."
+    assert origin(made_then()) == start + said
 
 
 @pytest.mark.parametrize("other", [{"arm": "three"}, {"seed": 1}, {"measures": {"accuracy": [0.7, 0.7]}}])
@@ -84,9 +82,9 @@ def test_the_notebooks_are_compared_without_what_another_version_of_the_code_add
     ((pattern, replacement),) = get_sanitize_patterns(
         (Path(__file__).parents[1] / "notebooks/sanitize.ini").read_text()
     )
-    said = textwrap.fill(origin(made_then()) + " Something else.", width)
-    expected = textwrap.fill(origin(today) + " Something else.", width)
-    assert re.sub(pattern, replacement, said).split() == expected.split()
+    assert re.sub(pattern, replacement, textwrap.fill(origin(made_then()), width)) == textwrap.fill(
+        origin(today), width
+    )
 
 
 @pytest.mark.parametrize("name", STUDIES)
