@@ -98,12 +98,14 @@ def table(comparison: Mapping[str, Any]) -> str:
     teacher = comparison["teachers"]["tuned"]
     accuracy, nll = (study_table(comparison, metric).mean() for metric in ("accuracy", "nll"))
     gained = gains(comparison, "accuracy", over=BASELINE)
+    itself = "The tuned teacher itself"
+    width = max(map(len, (itself, *titles(comparison).values())))
     lines = [
-        f"{'':32}{'accuracy':>10}{'NLL':>8}   gain over the baseline (95% interval)",
-        f"{'The tuned teacher itself':32}{teacher['accuracy']:>10.1%}{teacher['nll']:>8.2f}",
+        f"{'':{width}}{'accuracy':>10}{'NLL':>8}   gain over the baseline (95% interval)",
+        f"{itself:{width}}{teacher['accuracy']:>10.1%}{teacher['nll']:>8.2f}",
     ]
     for arm, title in titles(comparison).items():
-        line = f"{title:32}{accuracy[arm]:>10.1%}{nll[arm]:>8.2f}"
+        line = f"{title:{width}}{accuracy[arm]:>10.1%}{nll[arm]:>8.2f}"
         if arm != BASELINE:
             gain, low, high = 100 * gained.loc[arm]
             line += f"   {gain:+.1f} points ({low:+.1f} to {high:+.1f})"

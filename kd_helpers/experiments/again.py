@@ -28,7 +28,13 @@ from kd_helpers.resolve import resolve
 
 
 class OtherChoicesError(ValueError):
-    """Today's code would make a study with other choices than the stored one, so that one run shows nothing."""
+    """Today's code would make a study with other choices than the stored one."""
+
+    def __init__(self, study: str, choices: Sequence[str]) -> None:
+        super().__init__(
+            f"the stored study and today's differ in their choices ({', '.join(choices)}), so one run would show "
+            f"nothing; make the whole study again: `kd-helpers study {study}`."
+        )
 
 
 class Entry(NamedTuple):
@@ -150,10 +156,7 @@ def make_again(name: str) -> dict[str, Any]:
     study = entry.build(stored)
     then, now = stored["choices"], json.loads(json.dumps(dict(study.choices)))
     if other := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
-        raise OtherChoicesError(
-            f"the stored study and today's differ in their choices ({', '.join(other)}), so one run would show "
-            f"nothing; make the whole study again: `kd-helpers study {name.partition('.')[0]}`."
-        )
+        raise OtherChoicesError(name.partition(".")[0], other)
     again = run_arm(study, entry.arm, entry.seed)
     (before,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, entry.seed))
     return {
