@@ -22,6 +22,7 @@ from kd_helpers.experiments import (
     deployment,
     distilbert,
     language_models,
+    patience,
     rationales,
     settings,
     studies,
@@ -262,6 +263,7 @@ def test_what_made_a_result_is_told():
 
 MODULES = {
     "comparison": comparison,
+    "patience": patience,
     "dark_knowledge": dark_knowledge,
     "distilbert": distilbert,
     "tinybert": tinybert,
@@ -274,6 +276,7 @@ MODULES = {
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
+    "patience": comparison.COMPARISON_SEEDS,
     "dark_knowledge": dark_knowledge.SEEDS,
     "distilbert": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
@@ -284,7 +287,10 @@ SEEDS = {
     "verdict_study": verdict_study.SEEDS,
     "settings": settings.SEEDS,
 }
-ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
+ARMS_OF = {name: module.ARMS for name, module in MODULES.items() if hasattr(module, "ARMS")} | {
+    "rationales": rationales.ARMS["knowledge"],
+    "patience": patience.texts_study().arms,
+}
 
 
 def test_every_study_that_can_be_made_is_stored():
@@ -302,7 +308,12 @@ def test_a_stored_study_has_the_arms_of_today(name):
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
     assert titles(stored) == {arm: described.title for arm, described in arms.items()}
-    of_study = {"language_models": "nats", "deployment": "int8_accuracy", "verdict_study": "pays"}
+    of_study = {
+        "distilbert": "nats",
+        "language_models": "nats",
+        "deployment": "int8_accuracy",
+        "verdict_study": "pays",
+    }
     measure = of_study.get(name, "accuracy")
     assert list(study_table(stored, measure)) == list(arms)
 
@@ -347,19 +358,24 @@ def test_a_stored_study_was_made_with_the_choices_of_today(name, module):
     choices = stored_study(name)["choices"]
     assert DistillConfig(**choices["config"]) == module.CONFIG
     if name == "distilbert":
-        assert choices["steps"] == module.STEPS
-        assert choices["adaptation_steps"] == 600
-        assert choices["second_distillation"] == distilbert.SECOND_DISTILLATION
+        assert choices["steps"] == distilbert.STEPS
+        assert choices["tasks"] == {task: described._asdict() for task, described in distilbert.TASKS.items()}
     else:
         assert choices["copies"] == tinybert.COPIES
         assert choices["weights"] == tinybert.WEIGHTS
 
 
-def test_the_parts_of_tinybert_are_complete():
+def test_the_parts_of_tinybert_and_the_lengths_of_patience_are_complete():
     parts, seeds = stored_study("tinybert")["parts"], tinybert.PART_SEEDS
     assert {(run["arm"], run["seed"]) for run in parts["runs"]} == {
         (arm, seed) for arm in tinybert.PARTS for seed in seeds
     }
+    for steps in patience.STEPS:
+        stored = stored_study("patience")[f"{steps}_steps"]
+        assert stored["choices"]["config"]["max_steps"] == steps
+        assert {(run["arm"], run["seed"]) for run in stored["runs"]} == {
+            (arm, seed) for arm in patience.ARMS_BY_STEPS for seed in patience.SEEDS
+        }
 
 
 def test_the_stored_digits_were_made_with_the_choices_of_today():
