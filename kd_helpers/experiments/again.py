@@ -83,6 +83,18 @@ def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
     return build
 
 
+def _distilbert(stored: Mapping[str, Any]) -> Study:
+    """With the learning rates that were chosen then."""
+    distilbert = _module("distilbert")
+    ground = distilbert.prepare(distilbert.CONFIG, adaptation_steps=distilbert.ADAPTATION_STEPS)
+    rates = {name: distilbert.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
+    return distilbert.distilbert_study(ground, rates)
+
+
+def _length(steps: int) -> Callable[[Mapping[str, Any]], Study]:
+    return lambda _stored: _module("patience").length_study(steps)
+
+
 def _made_task(task: str) -> Callable[[Mapping[str, Any]], Study]:
     def build(_stored: Mapping[str, Any]) -> Study:
         rationales = _module("rationales")
@@ -113,6 +125,9 @@ def _on_tweets(module: str, function: str) -> Callable[[Mapping[str, Any]], Stud
 ENTRIES: dict[str, Entry] = {
     "comparison": Entry(_comparison, "tuned_teacher"),
     "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: T = 12"),
+    "patience": Entry(_without_choices("patience", "texts_study"), "new_texts_2500"),
+    **{f"patience.{steps}_steps": Entry(_length(steps), "best_epoch") for steps in (125, 250, 500, 1000, 2000, 4000)},
+    "distilbert": Entry(_distilbert, "random_none", ("nats", "labels_500_accuracy")),
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),
