@@ -108,6 +108,11 @@ def load_texts(corpus: Corpus) -> Texts:
     return Texts(tokenizer, teacher, teacher[: corpus.student_texts], **encoded, floors=floors)
 
 
+def texts_digest(texts: Texts) -> str:
+    """A digest of all texts as tokens, for results that depend on them."""
+    return artifacts.fingerprint({"of": [texts.teacher, texts.validation, texts.held_out]})
+
+
 # --- what is measured ---
 
 
@@ -234,6 +239,7 @@ def sizes_study(
 
     choices = {
         "corpus": dataclasses.asdict(corpus),
+        "texts": texts_digest(texts),
         "steps": steps,
         "every": every,
         "written": written,
@@ -431,6 +437,7 @@ def language_models_study(
 
     choices = {
         "corpus": dataclasses.asdict(corpus),
+        "texts": texts_digest(texts),
         "training": dataclasses.asdict(training),
         "teacher": dataclasses.asdict(TEACHER),
         "student": dataclasses.asdict(STUDENT),
