@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
-from kd_helpers.experiments import RESULTS
+from kd_helpers.experiments.origin import AGAIN, made_again
 from kd_helpers.experiments.study import Study, run_arm, stored_study
 from kd_helpers.provenance import source_digest
 from kd_helpers.resolve import resolve
@@ -37,6 +37,9 @@ class OtherChoicesError(ValueError):
         )
 
 
+SEED = 0  # of the runs that are made again
+
+
 class Entry(NamedTuple):
     """One run of a stored study.
 
@@ -44,13 +47,11 @@ class Entry(NamedTuple):
         build: the study as the code of today defines it, from what is stored of it.
         arm: of the run; one that takes little time.
         measures: that are compared.
-        seed: of the run.
     """
 
     build: Callable[[Mapping[str, Any]], Study]
     arm: str
     measures: tuple[str, ...] = ("accuracy", "nll")
-    seed: int = 0
 
 
 def _module(name: str) -> ModuleType:
@@ -99,6 +100,17 @@ def _explained_tweets(_stored: Mapping[str, Any]) -> Study:
     return rationales.rationales_study("explained_tweets", ground, arms, training, seeds=seeds)
 
 
+def _models_that_write(corpus: str) -> Callable[[Mapping[str, Any]], Study]:
+    """A study on texts that no program made: "tweets" or "written"."""
+
+    def build(_stored: Mapping[str, Any]) -> Study:
+        models = _module("language_models")
+        texts, training = (getattr(models, f"{corpus.upper()}{kind}") for kind in ("", "_TRAINING"))
+        return models.language_models_study(texts, training, arms=models.REAL_ARMS, name=corpus)
+
+    return build
+
+
 def _digits(_stored: Mapping[str, Any]) -> Study:
     digits = _module("survey_digits")
     return digits.digits_study(digits.ARMS)
@@ -116,6 +128,8 @@ ENTRIES: dict[str, Entry] = {
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),
+    "language_models.tweets": Entry(_models_that_write("tweets"), "baseline", ("nats",)),
+    "language_models.written": Entry(_models_that_write("written"), "baseline", ("nats",)),
     "language_models.sizes": Entry(_without_choices("language_models", "sizes_study"), "32 × 1", ("nats",)),
     "rationales": Entry(_made_task("knowledge"), "first_3200", ("accuracy",)),
     "rationales.arithmetic": Entry(_made_task("arithmetic"), "first_3200", ("accuracy",)),
@@ -157,12 +171,12 @@ def make_again(name: str) -> dict[str, Any]:
     then, now = stored["choices"], json.loads(json.dumps(dict(study.choices)))
     if other := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
         raise OtherChoicesError(name.partition(".")[0], other)
-    again = run_arm(study, entry.arm, entry.seed)
-    (before,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, entry.seed))
+    again = run_arm(study, entry.arm, SEED)
+    (before,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, SEED))
     return {
         "of": {key: stored["made_with"][key] for key in ("module", "source", "date")},
         "arm": entry.arm,
-        "seed": entry.seed,
+        "seed": SEED,
         "source": source_digest(study.module),
         "date": datetime.date.today().isoformat(),
         "measures": {measure: [float(before[measure]), float(again[measure])] for measure in entry.measures},
@@ -203,7 +217,6 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers agai
 
 def _store(name: str, found: Mapping[str, Any]) -> None:
     """Keep what a run gave beside what others gave; another process may do the same at this moment."""
-    path = RESULTS / "again.json"
-    with artifacts.locked(artifacts.artifacts_dir() / path.name):
-        kept = artifacts.load_json(path) if path.exists() else {}
-        artifacts.save_json(path, dict(sorted((kept | {name: found}).items())))
+    with artifacts.locked(artifacts.artifacts_dir() / AGAIN.name):
+        kept = made_again() if AGAIN.exists() else {}
+        artifacts.save_json(AGAIN, dict(sorted((kept | {name: found}).items())))

@@ -12,6 +12,8 @@ from kd_helpers import artifacts
 from kd_helpers.experiments import RESULTS
 from kd_helpers.provenance import source_digest
 
+AGAIN = RESULTS / "again.json"
+
 
 def is_current(result: Mapping[str, Any]) -> bool:
     """Whether a stored result was made by the code of today. Results of version 0.4.0 and before name no code."""
@@ -33,7 +35,7 @@ def origin(result: Mapping[str, Any]) -> str:
 
 def made_again() -> dict[str, Any]:
     """The runs of stored studies that were made again, and what they gave (see `again.make_again`)."""
-    return artifacts.load_json(RESULTS / "again.json")
+    return artifacts.load_json(AGAIN)
 
 
 def _made_again(result: Mapping[str, Any]) -> str:

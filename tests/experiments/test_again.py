@@ -14,8 +14,8 @@ import pytest
 
 from kd_helpers import artifacts
 from kd_helpers.course.full_sweep import SWEPT
-from kd_helpers.experiments import again
-from kd_helpers.experiments.again import ENTRIES, Entry, OtherChoicesError, make_again, stored_part
+from kd_helpers.experiments import again, origin
+from kd_helpers.experiments.again import ENTRIES, SEED, Entry, OtherChoicesError, make_again, stored_part
 from kd_helpers.experiments.origin import made_again
 from kd_helpers.experiments.studies import STUDIES
 from kd_helpers.experiments.study import Arm, Study, run_study, stored_study
@@ -79,14 +79,13 @@ def test_every_study_and_part_that_names_its_code_has_an_entry():
         if isinstance(value, dict) and "made_with" in value
     }
     expected = {name for name, stored in named.items() if "source" in stored["made_with"]}  # since 0.5.0
-    # The choices of the models that write tweets do not name their texts, which have changed.
-    assert ENTRIES.keys() == expected - {"language_models.tweets"}
+    assert ENTRIES.keys() == expected
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_entry_names_a_stored_run_and_its_measures(name):
     entry, stored = ENTRIES[name], stored_part(name)
-    (run,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, entry.seed))
+    (run,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, SEED))
     assert set(entry.measures) <= run.keys()
 
 
@@ -95,8 +94,8 @@ def test_what_was_made_again_is_of_what_is_stored():
     for name, found in made_again().items():
         entry, stored = ENTRIES[name], stored_part(name)
         assert found["of"] == {key: stored["made_with"][key] for key in found["of"]}
-        assert (found["arm"], found["seed"]) == (entry.arm, entry.seed)
-        (run,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, entry.seed))
+        assert (found["arm"], found["seed"]) == (entry.arm, SEED)
+        (run,) = (run for run in stored["runs"] if (run["arm"], run["seed"]) == (entry.arm, SEED))
         assert {measure: then for measure, (then, _) in found["measures"].items()} == {
             measure: float(run[measure]) for measure in entry.measures
         }
@@ -112,7 +111,7 @@ class Plus:
 
 @pytest.fixture
 def small(own_artifacts, monkeypatch, tmp_path) -> Path:
-    """Two stored studies of one arm, and the folder of the results."""
+    """Two stored studies of one arm, and the file of what is made again."""
 
     def built(plus: float, texts: str = "one") -> Study:
         arms, choices = {"only": Arm("Only", Plus(plus))}, {"texts": texts}
@@ -120,9 +119,9 @@ def small(own_artifacts, monkeypatch, tmp_path) -> Path:
             "small", "kd_helpers.experiments.study", arms, (0,), choices, lambda r, s, _: {"score": s + r.plus}
         )
 
-    results = tmp_path / "results"
-    results.mkdir()
-    monkeypatch.setattr(again, "RESULTS", results)
+    stored = tmp_path / "again.json"
+    for module in (again, origin):
+        monkeypatch.setattr(module, "AGAIN", stored)
     entries = {
         "same": Entry(lambda _: built(0.5), "only", ("score",)),
         "other": Entry(lambda _: built(1), "only", ("score",)),
@@ -130,7 +129,7 @@ def small(own_artifacts, monkeypatch, tmp_path) -> Path:
     }
     monkeypatch.setattr(again, "ENTRIES", entries)
     monkeypatch.setattr(again, "stored_study", lambda _name: run_study(built(0.5)))
-    return results / "again.json"
+    return stored
 
 
 def test_the_command_stores_what_runs_gave(small, capsys):
