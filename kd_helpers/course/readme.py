@@ -86,7 +86,10 @@ def _about_costs(costs: dict[str, Any]) -> list[str]:
         f"Binder gives {BINDER_MEGABYTES:,.0f} MB, of which JupyterLab itself takes some.",
     ]
     if makers := [name[:2] for name, cost in costs.items() if cost["teachers_made"]]:
-        lines.append(f"The time of {' and '.join(makers)} includes the fine-tuning of a teacher; the others found it.")
+        lines.append(
+            f"The time of {' and '.join(makers)} includes the fine-tuning of a teacher (02 always makes a small one, "
+            "in ten steps); the others found theirs."
+        )
     return ["", *lines]
 
 
@@ -104,7 +107,7 @@ def readme_results() -> str:
     smaller, faster = (number(f"costs: student / teacher, {of}") for of in ("parameters", "texts_per_second"))
     return f"""\
 Every row of the figure is a student, named after what it is trained with. It has half of its teacher's layers and \
-{smaller} times the parameters, and reads {faster} times as many texts per second. It has \
+{smaller} times the parameters, and read {faster} times as many texts per second on our processor. It has \
 {config["train_size"]:,} labelled tweets, its teacher {config["teacher_train_size"]:,}, which include those. After \
 {config["max_steps"]:,} optimiser steps, the student of a fine-tuned teacher is **{_gain("tuned_teacher")}** more \
 accurate than the same student trained on the labels alone (95% interval {_interval("tuned_teacher")}), and \
@@ -113,13 +116,13 @@ other tweets without their labels, the *transfer set* (the teacher was trained o
 
 Four checks test this gain. Their parts overlap, so do not add them up. (Differences are computed before rounding.)
 
-- *Labels.* A teacher of the student's own labels gives {_with_interval("own_labels")}, and to this the transfer set \
-adds {_with_interval("transfer_own_labels", "own_labels")}. Four times the labels, without a teacher, give \
-{_with_interval("more_labels")}.
+- *Labels.* A teacher of the student's own labels gives {_with_interval("own_labels")}. That the transfer set adds \
+to this is not shown: {_with_interval("transfer_own_labels", "own_labels")}. Four times the labels, without a teacher, \
+give {_with_interval("more_labels")}.
 - *Soft targets.* Softening the labels without a teacher (label smoothing) gives \
 {_with_interval("label_smoothing")}. The teacher's probabilities give \
-{_with_interval("tuned_teacher", "hard_labels")} more than its most probable classes alone, with the transfer set \
-{_with_interval("transfer_set", "transfer_hard_labels")}.
+{_with_interval("tuned_teacher", "hard_labels")} more than its most probable classes alone. With the transfer set, \
+this difference is {_with_interval("transfer_set", "transfer_hard_labels")}.
 - *Stopping earlier.* Without a teacher, the student is {_with_interval("best_epoch")} better after its best epoch \
 (chosen on validation) than after its last step.
 - *Other labels.* If each repetition draws its own labelled tweets from the teacher's, the gain is \

@@ -129,7 +129,6 @@ ENTRIES: dict[str, Entry] = {
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),
     "language_models.tweets": Entry(_models_that_write("tweets"), "baseline", ("nats",)),
-    "language_models.written": Entry(_models_that_write("written"), "baseline", ("nats",)),
     "language_models.sizes": Entry(_without_choices("language_models", "sizes_study"), "32 × 1", ("nats",)),
     "rationales": Entry(_made_task("knowledge"), "first_3200", ("accuracy",)),
     "rationales.arithmetic": Entry(_made_task("arithmetic"), "first_3200", ("accuracy",)),
