@@ -87,8 +87,7 @@ def _about_costs(costs: dict[str, Any]) -> list[str]:
     ]
     if makers := [name[:2] for name, cost in costs.items() if cost["teachers_made"]]:
         lines.append(
-            f"The time of {' and '.join(makers)} includes the fine-tuning of a teacher (02 always makes a small one, "
-            "in ten steps); the others found theirs."
+            f"The time of {' and '.join(makers)} includes the fine-tuning of a teacher; the others found theirs."
         )
     return ["", *lines]
 
@@ -107,7 +106,7 @@ def readme_results() -> str:
     smaller, faster = (number(f"costs: student / teacher, {of}") for of in ("parameters", "texts_per_second"))
     return f"""\
 Every row of the figure is a student, named after what it is trained with. It has half of its teacher's layers and \
-{smaller} times the parameters, and read {faster} times as many texts per second on our processor. It has \
+{smaller} times the parameters, and on our processor it reads {faster} times as many texts per second. It has \
 {config["train_size"]:,} labelled tweets, its teacher {config["teacher_train_size"]:,}, which include those. After \
 {config["max_steps"]:,} optimiser steps, the student of a fine-tuned teacher is **{_gain("tuned_teacher")}** more \
 accurate than the same student trained on the labels alone (95% interval {_interval("tuned_teacher")}), and \

@@ -105,7 +105,7 @@ def test_costs_are_shown_and_gaps_stay_blank(tmp_path, monkeypatch):
     shown = readme.chapters_table()
     assert "| 12 s | 1,235 |" in shown
     assert "| 2.5 min | 1,235 |" in shown
-    assert "The time of 03 includes the fine-tuning of a teacher (" in shown
+    assert "The time of 03 includes the fine-tuning of a teacher; the others found theirs." in shown
     assert "Binder gives 2,147 MB" in shown
 
 

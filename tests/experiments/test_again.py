@@ -31,10 +31,7 @@ def test_a_run_that_is_made_again_gives_what_is_stored(name, own_artifacts_but_t
     """Another processor rounds in another order, and then runs part as two seeds do: four standard deviations."""
     try:
         measures = make_again(name)["measures"]
-    except (
-        OtherChoicesError,
-        FileNotFoundError,
-    ) as error:  # until the whole study is made again, or its texts are here
+    except (OtherChoicesError, FileNotFoundError) as error:  # until the study is made again, or its texts are here
         pytest.skip(str(error))
     assert measures.keys() == set(ENTRIES[name].measures)
     of_arm = [run for run in stored_part(name)["runs"] if run["arm"] == ENTRIES[name].arm]
