@@ -6,8 +6,10 @@ READY := .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/$(RUNNER) -m pytest --numprocesses 2
 # nbval reads a kernel's messages when a cell has ended, and of more than some two thousand that wait the last are
 # dropped, with them the one that says that the cell has ended. Progress bars send most of them, so they draw rarely.
-NBVAL = TQDM_MININTERVAL=5 $(PYTEST) --dist loadscope --nbval --nbval-current-env -p no:cacheprovider \
-	--nbval-sanitize-with tests/notebooks/sanitize.ini
+# The last chapters take longest and come first, so that both processes are busy to the end.
+NBVAL = TQDM_MININTERVAL=5 $(PYTEST) --dist loadscope --no-loadscope-reorder --nbval --nbval-current-env \
+	-p no:cacheprovider --nbval-sanitize-with tests/notebooks/sanitize.ini
+NOTEBOOKS = $(shell ls -r notebooks/*.ipynb)
 RUNNER := python
 
 export PYTHONPATH :=
@@ -40,13 +42,13 @@ demo: $(READY) ## write artifacts/site/demo.html, in which teacher and students 
 
 test: $(READY) lint ## style, unit tests, papermill, and every notebook compared with what it stores
 	$(PYTEST) --dist worksteal tests
-	$(NBVAL) notebooks
+	$(NBVAL) $(NOTEBOOKS)
 
 coverage: RUNNER := coverage run
 coverage: $(READY) ## the same under a counter of lines: at least 95% of kd_helpers must have run; a little longer than `make test`
 	mkdir -p artifacts/coverage && rm -f artifacts/coverage/*
 	$(PYTEST) --dist worksteal tests
-	$(NBVAL) notebooks
+	$(NBVAL) $(NOTEBOOKS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -93,6 +93,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.longer  # all that the commands import is compiled anew
 def test_every_command_explains_itself_where_docstrings_are_removed():
     done = python("-OO", "-c", WITHOUT_DOCSTRINGS, *COMMANDS)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
+import io
 import json
 import platform
 import re
@@ -112,17 +114,34 @@ def test_a_graph_of_eight_bits_is_a_quarter_as_large(tmp_path):
     assert (folder / INT8).stat().st_size == 1e6 * sizes[0]
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KD_ARTIFACTS", str(tmp_path_factory.mktemp("artifacts")))
+        return distill(tiny_config(tmp_path_factory.mktemp("models"), tokenizer))
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    """The run, exported by the command, with both graphs; what was printed lies beside it. An export takes seconds."""
+    folder = tmp_path_factory.mktemp("exported")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert export.main([str(run.folder), "--int8", "--out", str(folder / "out")], prog="export") == 0
+    (folder / "printed.txt").write_text(printed.getvalue())
+    return folder / "out"
+
+
 @pytest.fixture
-def run(own_artifacts, tmp_path, tokenizer):
-    return distill(tiny_config(tmp_path, tokenizer))
+def earlier(exported, tmp_path) -> Path:
+    """A copy of that export, which may be changed and replaced."""
+    return shutil.copytree(exported, tmp_path / "out")
 
 
-def test_a_run_is_exported_with_its_quality(run, tmp_path, capsys):
-    assert export.main([str(run.folder), "--int8", "--out", str(tmp_path / "out")], prog="export") == 0
-    printed = capsys.readouterr().out
-    quality = json.loads((tmp_path / "out" / "quality.json").read_text())
+def test_a_run_is_exported_with_its_quality(run, exported):
+    printed = (exported.parent / "printed.txt").read_text()
+    quality = json.loads((exported / "quality.json").read_text())
     assert list(quality) == ["torch", "onnx", "int8"]
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (exported / "README.md").read_text()
     assert "negative, neutral, positive" in card
     assert "Texts are cut at 24 tokens." in card
     for way, row in quality.items():
@@ -131,7 +150,7 @@ def test_a_run_is_exported_with_its_quality(run, tmp_path, capsys):
     test = tokenize(load_splits(run.config).test, run.tokenizer, 24)
     measured = evaluate(run.student, evaluation_batches(test, run.tokenizer))
     assert {name: quality["torch"][name] for name in measured} == pytest.approx(measured, abs=1e-6)
-    int8 = predict(OnnxClassifier(tmp_path / "out", int8=True), evaluation_batches(test, run.tokenizer, batch_size=1))
+    int8 = predict(OnnxClassifier(exported, int8=True), evaluation_batches(test, run.tokenizer, batch_size=1))
     assert quality["int8"]["fidelity"] == fidelity(int8.logits, run.predictions.logits)["fidelity"]
 
 
@@ -143,8 +162,8 @@ def test_a_run_without_its_data_is_exported_without_quality(own_artifacts, tmp_p
     assert "How good the graphs are was not measured." in (folder / "README.md").read_text()
 
 
-def test_every_measure_of_the_course_takes_a_graph(run, tmp_path, capsys):
-    graph = OnnxClassifier(export_onnx(run.folder, tmp_path / "out"))
+def test_every_measure_of_the_course_takes_a_graph(run, exported):
+    graph = OnnxClassifier(exported)
     test = tokenize(load_splits(run.config).test.select(range(20)), run.tokenizer, 24)
     batches = list(evaluation_batches(test, run.tokenizer, batch_size=8))
     assert_close(predict(graph, batches).logits, predict(run.student, batches).logits, rtol=1e-4, atol=1e-4)
@@ -155,30 +174,32 @@ def test_every_measure_of_the_course_takes_a_graph(run, tmp_path, capsys):
     assert_close(graph(**alone).logits, run.student(**alone).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_caches_keep_the_logits_of_two_graphs_apart(run, tmp_path):
-    folder = export_onnx(run.folder, tmp_path / "out", int8=True)
+def test_caches_keep_the_logits_of_two_graphs_apart(own_artifacts, run, exported):
     test = tokenize(load_splits(run.config).test.select(range(20)), run.tokenizer, 24)
     cached = [
-        cached_logits(OnnxClassifier(folder, int8=int8), test, run.tokenizer, precision=torch.float32)
+        cached_logits(OnnxClassifier(exported, int8=int8), test, run.tokenizer, precision=torch.float32)
         for int8 in (False, True)
     ]
     assert not torch.equal(cached[0].logits, cached[1].logits)
     assert_close(cached[0].logits, cached[1].logits, rtol=0.1, atol=0.05)
 
 
-def test_an_exported_model_is_found_again(own_artifacts):
+def test_an_exported_model_is_found_again(own_artifacts, monkeypatch):
+    written = []
+    monkeypatch.setattr(export, "write_onnx", lambda *given, **choices: written.append(choices))
     model, tokenizer = tiny("bert", LABELS)
     folder = cached_export(model, tokenizer, max_length=48)
-    written = (folder / FLOAT32).stat().st_mtime_ns
     assert cached_export(model, tokenizer, max_length=48) == folder
-    assert (folder / FLOAT32).stat().st_mtime_ns == written
+    assert written == [{"max_length": 48, "int8": True}]
+    assert cached_export(model, tokenizer, max_length=40) != folder
     with torch.no_grad():
         model.classifier.bias += 1
     assert cached_export(model, tokenizer, max_length=48) != folder
+    assert len(written) == 3
 
 
-def test_a_graph_cannot_be_trained(run, tmp_path):
-    graph = OnnxClassifier(export_onnx(run.folder, tmp_path / "out"))
+def test_a_graph_cannot_be_trained(run, exported):
+    graph = OnnxClassifier(exported)
     test = tokenize(load_splits(run.config).test.select(range(20)), run.tokenizer, 24)
     with pytest.raises(ValueError, match="the student is frozen, so it can't learn"):
         train_classifier(
@@ -190,7 +211,7 @@ def test_a_graph_cannot_be_trained(run, tmp_path):
         )
 
 
-def test_requests_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys):
+def test_requests_that_make_no_sense_are_refused(earlier, tmp_path, capsys):
     source = saved(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -201,60 +222,62 @@ def test_requests_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
     with pytest.raises(ValueError, match=r"max_length is 512, but .* has positions for 128 tokens"):
-        export_onnx(source, tmp_path / "out")
+        export_onnx(source, tmp_path / "new")
     with pytest.raises(ValueError, match="max_length is 2; give a whole number of at least 3"):
-        export_onnx(source, tmp_path / "out", max_length=2)
+        export_onnx(source, tmp_path / "new", max_length=2)
+    (earlier / INT8).unlink()
     with pytest.raises(FileNotFoundError, match=r"there is no .*model_quantized\.onnx; export a model first"):
-        OnnxClassifier(export_onnx(source, tmp_path / "out", max_length=48), int8=True)
+        OnnxClassifier(earlier, int8=True)
     with pytest.raises(ValueError, match="threads is -1"):
-        OnnxClassifier(tmp_path / "out", threads=-1)
-    (tmp_path / "out" / FLOAT32).write_bytes(b"no graph")
+        OnnxClassifier(earlier, threads=-1)
+    (earlier / FLOAT32).write_bytes(b"no graph")
     with pytest.raises(ValueError, match=r"onnxruntime can't read .*model\.onnx \(\w+\); export the model again"):
-        OnnxClassifier(tmp_path / "out")
+        OnnxClassifier(earlier)
 
     model, tokenizer = tiny("bert", LABELS)
     save_model(tmp_path / "body", BertModel(model.config), tokenizer)
     with pytest.raises(ValueError, match="body' has no trained classification head"):
-        export_onnx(tmp_path / "body", tmp_path / "out")
+        export_onnx(tmp_path / "body", tmp_path / "new")
     model.config.problem_type = "multi_label_classification"
     save_model(tmp_path / "many", model, tokenizer)
     with pytest.raises(ValueError, match="was trained for multi_label_classification"):
-        export_onnx(tmp_path / "many", tmp_path / "out")
+        export_onnx(tmp_path / "many", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
     assert export.main([str(tmp_path / "nowhere")], prog="kd-helpers export") == 2
     assert capsys.readouterr().err.startswith("kd-helpers export: ")
 
 
-def test_an_earlier_export_is_replaced_as_a_whole(tmp_path):
-    source = saved(tmp_path)
-    export_onnx(source, tmp_path / "out", int8=True, max_length=48)
-    export_onnx(source, tmp_path / "out", max_length=40)
-    assert not (tmp_path / "out" / INT8).exists()
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 40
+def test_an_earlier_export_is_replaced_as_a_whole(earlier, tmp_path):
+    assert (earlier / INT8).exists()
+    assert (earlier / "quality.json").exists()
+    export_onnx(saved(tmp_path), earlier, max_length=40)
+    assert not (earlier / INT8).exists()
+    assert not (earlier / "quality.json").exists()
+    assert json.loads((earlier / "tokenizer_config.json").read_text())["model_max_length"] == 40
 
 
-def test_an_export_deletes_nothing_that_no_export_wrote(own_artifacts, tmp_path, monkeypatch, capsys):
+def test_an_export_deletes_nothing_that_no_export_wrote(own_artifacts, earlier, tmp_path, monkeypatch, capsys):
     source = saved(tmp_path)
-    export_onnx(source, tmp_path / "out", max_length=48)
     for name in ("notes.md", ".git/config"):
-        own = tmp_path / "out" / name
+        own = earlier / name
         own.parent.mkdir(exist_ok=True)
         own.write_text("mine")
         with pytest.raises(ValueError, match=rf"out holds {re.escape(name)}, which no export wrote and which would"):
-            export_onnx(source, tmp_path / "out", max_length=40)
+            export_onnx(source, earlier, max_length=40)
         assert own.read_text() == "mine"
         own.unlink()
     # As on the hub, where models have a graph of their own beside their weights.
     (source / FLOAT32).parent.mkdir()
-    shutil.copy(tmp_path / "out" / FLOAT32, source / FLOAT32)
+    shutil.copy(earlier / FLOAT32, source / FLOAT32)
     with pytest.raises(ValueError, match="which no export wrote"):
         export_onnx(source, source, max_length=48)
     assert (source / "model.safetensors").exists()
 
-    (tmp_path / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "link").symlink_to(earlier)
     export_onnx(source, tmp_path / "link", max_length=32)
     assert (tmp_path / "link").is_symlink()
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 32
+    assert json.loads((earlier / "tokenizer_config.json").read_text())["model_max_length"] == 32
 
     monkeypatch.chdir(source)
     assert export.main([".", "--max-length", "32"]) == 0
@@ -299,9 +322,8 @@ for name in ("model", "model_quantized"):
 """
 
 
-def test_onnxruntime_alone_serves_the_folder(run, tmp_path):
+def test_onnxruntime_alone_serves_the_folder(run, exported, tmp_path):
     """In an environment that has onnxruntime, tokenizers and what they require, but neither torch nor transformers."""
-    folder = export_onnx(run.folder, tmp_path / "out", int8=True)
     packages = tmp_path / "packages"
     packages.mkdir()
     for name in closure("onnxruntime", "tokenizers", "numpy"):
@@ -311,28 +333,28 @@ def test_onnxruntime_alone_serves_the_folder(run, tmp_path):
             if not place.exists() and top != "__pycache__":
                 place.symlink_to(Path(distribution.locate_file(top)).resolve())
     texts = ["what a lovely day", "no", "never again " * 60]  # the last is cut at 24 tokens
-    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(packages)!r})\n{SERVE}", folder]
+    program = f"import sys; sys.path.insert(0, {str(packages)!r})\n{SERVE}"
+    command = [sys.executable, "-I", "-S", "-c", program, exported]
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = [np.array(json.loads(line)) for line in done.stdout.splitlines()]
     for index, int8 in enumerate((False, True)):
-        graph = OnnxClassifier(folder, int8=int8)
+        graph = OnnxClassifier(exported, int8=int8)
         encoded = [run.tokenizer(text, truncation=True, max_length=24, return_tensors="pt") for text in texts]
         expected = torch.cat([graph(**model_inputs(graph, dict(one))).logits for one in encoded])
         np.testing.assert_allclose(answers[index], expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_overflow_of_eight_bit_sums_is_found_and_told(tmp_path, monkeypatch):
+def test_the_overflow_of_eight_bit_sums_is_found_and_told(exported, monkeypatch):
     flags = Path("/proc/cpuinfo")
     if platform.machine() == "x86_64" and flags.exists():
         known = set(flags.read_text().partition("flags")[2].partition("\n")[0].split())
         assert export.sums_overflow() == (not known & {"avx512_vnni", "avx_vnni"})
-    write_onnx(*tiny("bert", LABELS, seed=1), tmp_path, max_length=24, int8=True)
     monkeypatch.setattr(export, "sums_overflow", lambda: True)
     with pytest.warns(UserWarning, match="sums of eight-bit products can overflow, so the graph may predict otherwise"):
-        OnnxClassifier(tmp_path, int8=True)
+        OnnxClassifier(exported, int8=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        OnnxClassifier(tmp_path)
+        OnnxClassifier(exported)
         monkeypatch.setattr(export, "sums_overflow", lambda: False)
-        OnnxClassifier(tmp_path, int8=True)
+        OnnxClassifier(exported, int8=True)

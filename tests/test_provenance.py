@@ -262,7 +262,8 @@ def test_the_digest_of_a_method_follows_the_library_below_it(site):
 # One process for each copy of the package would import torch each time, so that here one process forks them.
 RUNS = """
 import json, os, sys
-import datasets, sklearn.metrics, torch, transformers  # what takes long, and is the same for all
+import datasets, sklearn.metrics, torch  # what takes long, and is the same for all
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, trainer_utils
 
 torch.set_num_threads(1)
 choices = json.loads(sys.argv[1])

@@ -101,7 +101,7 @@ def unfilled(tmp_path_factory, data) -> DistillConfig:
 
 
 @pytest.mark.filterwarnings("error:.*damaged", "error:.*made again")  # a kill leaves nothing that has to be reported
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.longer)])
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.longer)])
 def test_killed_between_any_two_writes_a_run_ends_in_the_same_weights(
     tmp_path, monkeypatch, one_thread, unfilled, data, every
 ):

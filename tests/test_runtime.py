@@ -86,6 +86,28 @@ def test_the_speedup_is_a_ratio_of_two_times():
     assert 0 <= runtime.bfloat16_speedup(CPU) < 1000
 
 
+@pytest.mark.parametrize(("half", "rounds", "speedup"), [(0.01, 8, 4.0), (1.0, 3, 0.04), (4.0, 2, 0.01)])
+def test_an_emulated_product_is_not_waited_for_eight_times(monkeypatch, half, rounds, speedup):
+    """Of a clock on which a product takes 0.04 s in float32; the first round, which warms up, does not count."""
+    now, products = 0.0, []
+
+    class Matrix:
+        def __init__(self, *_shape, dtype, device):
+            self.dtype = dtype
+
+        def __matmul__(self, other):
+            nonlocal now
+            warm_up = 5 if len(products) < 2 and half < 1 else 1
+            now += warm_up * (half if self.dtype == torch.bfloat16 else 0.04)
+            products.append(self.dtype)
+            return torch.zeros(1, 1)
+
+    monkeypatch.setattr(torch, "ones", Matrix)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now)
+    assert runtime.bfloat16_speedup(CPU) == pytest.approx(speedup)
+    assert products == [torch.float32, torch.bfloat16] * rounds
+
+
 def test_seed_everything_repeats_draws():
     seed_everything(5)
     first = torch.rand(3)

@@ -21,7 +21,7 @@ import pandas as pd
 
 from kd_helpers.experiments.statistics import mean_interval
 from kd_helpers.experiments.studies import STUDIES
-from kd_helpers.experiments.study import gains, means, stored_study, study_table
+from kd_helpers.experiments.study import stored_study, study_table
 
 _NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?%?"
 # The number, or two with "to" between them, its unit, and the marker.
@@ -88,8 +88,13 @@ def _interval(study: str, arm: str, other: str, measure: str) -> tuple[float, fl
     if measure in teachers.get(arm, {}):  # measured once, not by seed
         value = teachers[arm][measure]
         return (value, value, value)
-    table = gains(result, measure, over=other) if other else means(result, measure)
-    return tuple(table.loc[arm])
+    table = _table(study, measure)
+    return mean_interval(table[arm] - table[other] if other else table[arm])
+
+
+@functools.cache
+def _table(study: str, measure: str) -> pd.DataFrame:
+    return study_table(_stored(study), measure)
 
 
 @functools.cache

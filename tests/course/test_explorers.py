@@ -481,8 +481,9 @@ def test_papermill_runs_explorers_to_the_end(tmp_path):
     assert not [output for cell in outputs for output in cell if output.output_type in ("error", "stream")]
 
 
+@pytest.mark.longer  # that the tag suffices is seen in every chapter with an explorer
 @pytest.mark.usefixtures("in_kernels")
-@pytest.mark.parametrize("tagged", [True, pytest.param(False, marks=pytest.mark.longer)])
+@pytest.mark.parametrize("tagged", [True, False])
 def test_nbval_compares_a_notebook_that_stores_no_widgets(tmp_path, tagged):
     """Without the tag nbval misses the widget's `text/plain`, so the tag is needed."""
     notebook = explorer_notebook()
