@@ -21,7 +21,7 @@ from kd_helpers import artifacts
 from kd_helpers.config import DEVICES, PRECISIONS, DistillConfig, require_choice
 
 WORTHWHILE = 1.5  # how much faster bfloat16 must be before "auto" takes it
-MEASURING_SECONDS = 3.0  # after which no further round of its measurement begins; eight take a fraction of a second
+MEASURING_SECONDS = 3.0  # no round of the measurement begins later; eight usually take a fraction of a second
 
 
 class Machine(NamedTuple):
@@ -89,7 +89,8 @@ def bfloat16_speedup(device: torch.device) -> float:
     """How many times faster a 1024 × 1024 matrix product is in bfloat16 than in float32; 0 where it can't be done.
 
     The two take turns, and the fastest pass of each counts, so that a busy moment slows neither or both. There are
-    eight rounds, or, where a product takes seconds since the processor emulates bfloat16, as many as begin in time.
+    eight rounds. A processor that emulates bfloat16 can need seconds for one product: there, no round begins after
+    `MEASURING_SECONDS`, but two are always made.
     """
 
     def seconds(matrix: torch.Tensor) -> float:

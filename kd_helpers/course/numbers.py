@@ -247,7 +247,7 @@ def _distilbert_ways(rest: str) -> str:
         if way not in DISTILBERT_WAYS:
             raise ValueError(f"{way!r} is no way of chapter 11; name one of {', '.join(DISTILBERT_WAYS)}.")
         arm, prefix = DISTILBERT_WAYS[way]
-        return study_table(_stored("distilbert"), prefix + measure)[arm]
+        return _table("distilbert", prefix + measure)[arm]
 
     way, _, other = (part.strip() for part in ways.partition(" - "))
     value, low, high = mean_interval(values(way) - values(other) if other else values(way))

@@ -481,7 +481,7 @@ def test_papermill_runs_explorers_to_the_end(tmp_path):
     assert not [output for cell in outputs for output in cell if output.output_type in ("error", "stream")]
 
 
-@pytest.mark.longer  # that the tag suffices is seen in every chapter with an explorer
+@pytest.mark.longer  # in `make test`, the chapters that have explorers show that the tag suffices
 @pytest.mark.usefixtures("in_kernels")
 @pytest.mark.parametrize("tagged", [True, False])
 def test_nbval_compares_a_notebook_that_stores_no_widgets(tmp_path, tagged):
