@@ -100,9 +100,12 @@ def _explained_tweets(_stored: Mapping[str, Any]) -> Study:
     return rationales.rationales_study("explained_tweets", ground, arms, training, seeds=seeds)
 
 
-def _models_of_tweets(_stored: Mapping[str, Any]) -> Study:
-    models = _module("language_models")
-    return models.language_models_study(models.TWEETS, models.TWEETS_TRAINING, arms=models.REAL_ARMS, name="tweets")
+def _models_of_real_texts(name: str) -> Callable[[Mapping[str, Any]], Study]:
+    def build(_stored: Mapping[str, Any]) -> Study:
+        models = _module("language_models")
+        return models.language_models_study(**models.REAL_TEXTS[name])
+
+    return build
 
 
 def _digits(_stored: Mapping[str, Any]) -> Study:
@@ -122,7 +125,8 @@ ENTRIES: dict[str, Entry] = {
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),
-    "language_models.tweets": Entry(_models_of_tweets, "baseline", ("nats",)),
+    "language_models.tweets": Entry(_models_of_real_texts("tweets"), "baseline", ("nats",)),
+    "language_models.written": Entry(_models_of_real_texts("written"), "baseline", ("nats",)),
     "language_models.sizes": Entry(_without_choices("language_models", "sizes_study"), "32 × 1", ("nats",)),
     "rationales": Entry(_made_task("knowledge"), "first_3200", ("accuracy",)),
     "rationales.arithmetic": Entry(_made_task("arithmetic"), "first_3200", ("accuracy",)),

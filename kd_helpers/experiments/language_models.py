@@ -290,9 +290,6 @@ ARMS = {
     "more_texts_longer": Arm("All the teacher's texts, twice the steps", Lesson("teacher", times=2)),
     "more_texts_forward": Arm("All the teacher's texts, forward KL", Lesson("teacher", alpha=1.0)),
 }
-TWEETS = Corpus("tweets", teacher_texts=24_000, student_texts=1500, held_out=512, vocabulary=1024, positions=64)
-WRITTEN = Corpus("written", teacher_texts=4096, student_texts=256, held_out=256, vocabulary=1024, positions=256)
-REAL_ARMS = (BASELINE, "forward", "sequence", "more_texts")
 TEACHER = Size(width=128, depth=4, learning_rate=5e-3)
 STUDENT = Size(width=64, depth=2, learning_rate=1e-2)
 TOP = 32  # logits of the teacher that are cached for each token
@@ -319,8 +316,26 @@ class Training:
     written: int = 256
 
 
-TWEETS_TRAINING = Training(batch_size=32, teacher_steps=2048, steps=1024, every=128)
-WRITTEN_TRAINING = Training(steps=1024, every=128)
+REAL_ARMS = (BASELINE, "forward", "sequence", "more_texts")
+# By its name, what makes a study of texts that no program makes (see `language_models_study`).
+REAL_TEXTS: dict[str, dict[str, Any]] = {
+    "tweets": {
+        "name": "tweets",
+        "corpus": Corpus(
+            "tweets", teacher_texts=24_000, student_texts=1500, held_out=512, vocabulary=1024, positions=64
+        ),
+        "training": Training(batch_size=32, teacher_steps=2048, steps=1024, every=128),
+        "arms": REAL_ARMS,
+    },
+    "written": {
+        "name": "written",
+        "corpus": Corpus(
+            "written", teacher_texts=4096, student_texts=256, held_out=256, vocabulary=1024, positions=256
+        ),
+        "training": Training(steps=1024, every=128),
+        "arms": REAL_ARMS,
+    },
+}
 
 
 def language_teacher(texts: Texts, corpus: Corpus, *, steps: int, batch_size: int = BATCH_SIZE) -> PreTrainedModel:
@@ -497,7 +512,6 @@ def study() -> dict[str, Any]:
         What `study_of` returns for made stories, with `tweets` and `written`, the same for those, and `sizes`.
     """
     return study_of(Corpus()) | {
-        "tweets": study_of(TWEETS, TWEETS_TRAINING, arms=REAL_ARMS, name="tweets"),
-        "written": study_of(WRITTEN, WRITTEN_TRAINING, arms=REAL_ARMS, name="written"),
+        **{name: study_of(**choices) for name, choices in REAL_TEXTS.items()},
         "sizes": run_study(sizes_study()),
     }
