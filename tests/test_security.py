@@ -256,6 +256,7 @@ def test_a_run_of_the_offline_preset_asks_nobody(offline_run):
 OPINIONS = {"positive": "I love", "neutral": "This is", "negative": "I hate"}
 
 
+@pytest.mark.longer
 def test_a_notebook_of_the_offline_preset_asks_nobody(sandbox):
     texts = [(f"{word} tram number {n}", label) for n in range(60) for label, word in OPINIONS.items()]
     with (sandbox.root / "cwd" / "own.csv").open("w", newline="") as file:  # a few: the course's own take a minute

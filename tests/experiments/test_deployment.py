@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -35,13 +36,19 @@ SMALL = CONFIG.replace(
 HELD_OUT = 200
 
 
-@pytest.fixture
-def few_texts(own_artifacts, monkeypatch) -> None:
-    """The held-out splits in small: the whole ones take minutes, in bfloat16 above all where it is emulated."""
+@pytest.fixture(scope="module")
+def few_texts(tmp_path_factory) -> Iterator[None]:
+    """The held-out splits in small: the whole ones take minutes, in bfloat16 above all where it is emulated.
+
+    What is made of them takes a minute and is shared.
+    """
     data = load_splits(SMALL)
     short = {split: getattr(data, split).select(range(HELD_OUT)) for split in ("validation", "test")}
     few = functools.partial(resolve, data=dataclasses.replace(data, **short))
-    monkeypatch.setattr(deployment, "resolve", few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KD_ARTIFACTS", str(tmp_path_factory.mktemp("artifacts")))
+        patch.setattr(deployment, "resolve", few)
+        yield
 
 
 def test_the_arms_train_three_different_students(few_texts):
