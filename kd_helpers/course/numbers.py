@@ -28,7 +28,8 @@ _NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?%?"
 MARKED = re.compile(rf"(?:{_NUMBER} to )?{_NUMBER}(?: (?:points?|nats|ms|MB))?<!-- (?P<spec>[\w.]+: [^>]+?) -->")
 # Measures that are shares: in percent, and their differences in points.
 SHARES = (
-    *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "again_accuracy", "validation"),
+    *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "validation"),
+    *("again_accuracy", "last_accuracy"),
     *("coherent", "grammar", "names", "plot", "ending"),
     *("rationale_accuracy", "given_accuracy", "given_rationales"),
     *("old_accuracy", "new_accuracy"),
@@ -194,6 +195,36 @@ def _validation(rest: str) -> str:
 
 
 OTHERS["validation"] = _validation
+
+
+def _best_length(rest: str) -> str:
+    """The accuracy of an arm of chapter 07's lengths minus that of the baseline at its best length and epoch.
+
+    Args:
+        rest: `ARM, STEPS`; with `, interval` the 95% interval over the seeds.
+    """
+    from kd_helpers.experiments import patience  # here, since it imports torch
+
+    arm, steps, *interval = (part.strip() for part in rest.split(","))
+    stored = _stored("patience")
+    values = (patience.by_steps(stored).loc[int(steps), arm] - patience.best_baseline(stored)).dropna()
+    return _as_written(mean_interval(values), share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["best_length"] = _best_length
+
+
+def _further_texts(rest: str) -> str:
+    """What so many further texts add to the accuracy of chapter 07's distilled student: `COUNT[, interval]`."""
+    from kd_helpers.experiments import patience  # here, since it imports torch
+
+    count, *interval = (part.strip() for part in rest.split(","))
+    table = patience.by_texts(_stored("patience"))
+    gain = mean_interval(table[int(count)] - table[0])
+    return _as_written(gain, share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["further_texts"] = _further_texts
 
 
 def _texts(rest: str) -> str:

@@ -84,6 +84,10 @@ def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
     return build
 
 
+def _length(steps: int) -> Callable[[Mapping[str, Any]], Study]:
+    return lambda _stored: _module("patience").length_study(steps)
+
+
 def _made_task(task: str) -> Callable[[Mapping[str, Any]], Study]:
     def build(_stored: Mapping[str, Any]) -> Study:
         rationales = _module("rationales")
@@ -118,6 +122,8 @@ def _on_tweets(module: str, function: str) -> Callable[[Mapping[str, Any]], Stud
 # By the name of the stored study; after a dot a part of it.
 ENTRIES: dict[str, Entry] = {
     "comparison": Entry(_comparison, "tuned_teacher"),
+    "patience": Entry(_without_choices("patience", "texts_study"), "new_texts_2500"),
+    **{f"patience.{steps}_steps": Entry(_length(steps), "best_epoch") for steps in (125, 250, 500, 2000, 4000)},
     "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: T = 12"),
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
