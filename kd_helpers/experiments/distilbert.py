@@ -38,8 +38,9 @@ PILOT_SEED = 100
 STEPS, TASK_STEPS = 200, 100  # on texts without labels, and for the task
 LONGER = 1.6  # times the steps: what a step with the teacher costs of one without it, about
 ADAPTATION_STEPS = 2000  # of the packaged teacher, on all texts of the pool
-LANGUAGE_RATES = (5e-4, 1e-3, 2e-3)
-TASK_RATES = (1e-4, 3e-4, 1e-3)
+# Tried on texts without labels, for copied layers and for random ones, which need a higher rate; and for a task.
+COPIED_RATES, RANDOM_RATES = (2e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)
+TASK_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
 
 class Task(NamedTuple):
@@ -207,7 +208,8 @@ def tries_study(ground: Ground, arms: Mapping[str, Arm] = ARMS | PARTS, *, steps
     def run(route: Route, seed: int, _folder: Path) -> dict[str, Any]:
         validation = ground.setup.data.validation
         students, nats = {}, {}
-        for rate in LANGUAGE_RATES if route.weights else (0.0,):
+        rates = RANDOM_RATES if route.random_start else COPIED_RATES
+        for rate in rates if route.weights else (0.0,):
             students[rate] = train_language(route, ground, rate, seed=seed, steps=steps)
             nats[rate] = measure_language(students[rate], ground, validation)["loss"]
         student = students[min(nats, key=nats.__getitem__)]

@@ -16,12 +16,13 @@ from kd_helpers.data import corpus_digest, read_corpus
 from kd_helpers.experiments import distilbert
 from kd_helpers.experiments.distilbert import (
     ARMS,
+    COPIED_RATES,
     FEW,
-    LANGUAGE_RATES,
     LONGER,
     PART_SEEDS,
     PARTS,
     PILOT_SEED,
+    RANDOM_RATES,
     RATES_OF,
     SEEDS,
     TASK_RATES,
@@ -178,18 +179,25 @@ def test_rates_are_chosen_on_validation_one_after_the_other(ground, monkeypatch)
     monkeypatch.setattr(distilbert, "train_task", fine_tune)
     monkeypatch.setattr(distilbert, "measure_language", language)
     monkeypatch.setattr(distilbert, "measure_task", task)
-    arms = {name: (ARMS | PARTS)[name] for name in ("triple", "none", "no_soft")}
+    arms = {name: (ARMS | PARTS)[name] for name in ("triple", "none", "random_none", "random_language", "no_soft")}
     tries = run_study(tries_study(ground, arms, steps=2))
     few = dict.fromkeys((*distilbert.CURVE, "transfer_500"), 0.0003)
     found = chosen_rates(tries)
     assert found == {
         "triple": Rates(1e-3, few | {"all_transfer_500": 1e-4}),
         "none": Rates(0.0, dict.fromkeys(distilbert.CURVE, 3e-4) | dict.fromkeys(distilbert.ALL_STEPS, 1e-4)),
+        "random_none": Rates(0.0, {FEW: 3e-4}),
+        "random_language": Rates(1e-3, {FEW: 3e-4}),
         **{name: found["triple"] for name, other in RATES_OF.items() if other == "triple"},
     }
-    triple = [(ARMS["triple"].recipe, rate, PILOT_SEED, 2) for rate in LANGUAGE_RATES]
-    assert trained == [*triple, (ARMS["none"].recipe, 0.0, PILOT_SEED, 2)]
-    assert tuned == [1e-3] * 6 * len(TASK_RATES) + [0.0] * 6 * len(TASK_RATES), "the student with the best nats"
+    assert trained == [
+        *((ARMS["triple"].recipe, rate, PILOT_SEED, 2) for rate in COPIED_RATES),
+        (ARMS["none"].recipe, 0.0, PILOT_SEED, 2),
+        (PARTS["random_none"].recipe, 0.0, PILOT_SEED, 2),
+        *((PARTS["random_language"].recipe, rate, PILOT_SEED, 2) for rate in RANDOM_RATES),
+    ]
+    best = [1e-3] * 6 + [0.0] * (6 + 1) + [1e-3]  # a rate for each task of each arm
+    assert tuned == [rate for rate in best for _ in TASK_RATES], "the student with the best nats"
 
 
 # What a run is stored under
