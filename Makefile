@@ -66,7 +66,7 @@ format: $(READY) ## put the code and the notebooks into style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebooks: $(READY) ## run every notebook and store its outputs in place, and its time and memory in the README
+notebooks: $(READY) ## run every notebook and store its outputs in place, and its time and memory in docs/contributing.md
 	$(BIN)/python -m kd_helpers course store
 	$(BIN)/python -m kd_helpers course readme
 

@@ -91,7 +91,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             "notebook took.",
         ),
     )
-    for command, default in ((running, "the main chapters, 00 to 09"), (storing, "all")):
+    for command, default in ((running, "the main chapters, 00 to 08"), (storing, "all")):
         numbers = f"number of a notebook, such as 03 (default: {default})"
         command.add_argument("numbers", nargs="*", metavar="NN", help=numbers)
     running.add_argument("--all", action="store_true", help="run every notebook, also the advanced chapters from 10 on")

@@ -101,30 +101,32 @@ def readme_results() -> str:
     """What the README says about the results."""
     stored = comparison.stored_comparison()
     config = stored["choices"]["config"]
-    hidden = config["teacher_train_size"] - config["train_size"]
+    all_labels = config["teacher_train_size"]
+    hidden = all_labels - config["train_size"]
 
     smaller, faster = (number(f"costs: student / teacher, {of}") for of in ("parameters", "texts_per_second"))
     return f"""\
 Every row of the figure is a student, named after what it is trained with. It has half of its teacher's layers and \
-{smaller} times the parameters, and on our processor it reads {faster} times as many texts per second. It has \
-{config["train_size"]:,} labelled tweets, its teacher {config["teacher_train_size"]:,}, which include those. After \
+{smaller} times the parameters, and on our processor it reads {faster} times as many texts per second. All but the \
+last have {config["train_size"]:,} labelled tweets, the tuned teacher {all_labels:,}, which include those. After \
 {config["max_steps"]:,} optimiser steps, the student of a fine-tuned teacher is **{_gain("tuned_teacher")}** more \
-accurate than the same student trained on the labels alone (95% interval {_interval("tuned_teacher")}), and \
-**{_gain("transfer_set")}** more accurate when it also learns the teacher's outputs for {config["transfer_size"]:,} \
-other tweets without their labels, the *transfer set* (the teacher was trained on {hidden:,} of them, with labels).
+accurate than the same student trained on the labels alone (95% interval over {len(stored["seeds"])} seeds: \
+{_interval("tuned_teacher")}), and **{_gain("transfer_set")}** more accurate when it also learns the teacher's \
+outputs for {config["transfer_size"]:,} other tweets without their labels, the *transfer set* (the teacher was \
+trained on {hidden:,} of them, with labels).
 
 Four checks test this gain. Their parts overlap, so do not add them up. (Differences are computed before rounding.)
 
-- *Labels.* A teacher of the student's own labels gives {_with_interval("own_labels")}. That the transfer set adds \
-to this is not shown: {_with_interval("transfer_own_labels", "own_labels")}. Four times the labels, without a teacher, \
-give {_with_interval("more_labels")}.
+- *Labels.* A teacher that was trained on the student's labels alone gives {_with_interval("own_labels")}. With it, \
+the transfer set is not shown to add anything: {_with_interval("transfer_own_labels", "own_labels")}. Four times the \
+labels, without a teacher, give {_with_interval("more_labels")}.
 - *Soft targets.* Softening the labels without a teacher (label smoothing) gives \
-{_with_interval("label_smoothing")}. The teacher's probabilities give \
-{_with_interval("tuned_teacher", "hard_labels")} more than its most probable classes alone. With the transfer set, \
-this difference is {_with_interval("transfer_set", "transfer_hard_labels")}.
+{_with_interval("label_smoothing")}, a teacher that was not fine-tuned {_with_interval("untuned_teacher")}. The \
+teacher's probabilities give {_with_interval("tuned_teacher", "hard_labels")} more than its most probable classes \
+alone. With the transfer set, this difference is {_with_interval("transfer_set", "transfer_hard_labels")}.
 - *Stopping earlier.* Without a teacher, the student is {_with_interval("best_epoch")} better after its best epoch \
 (chosen on validation) than after its last step.
-- *Other labels.* If each repetition draws its own labelled tweets from the teacher's, the gain is \
+- *Other labels.* If each repetition draws other labelled tweets from the teacher's {all_labels:,}, the gain is \
 {_with_interval("redrawn_tuned_teacher", "redrawn_baseline")}, with the transfer set \
 {_with_interval("redrawn_transfer_set", "redrawn_baseline")}.
 
@@ -155,13 +157,13 @@ def results_tables() -> str:
         "Teacher of the same labels": f"fine-tuned on the student's {learned} labels alone.",
         "Tuned teacher": f"fine-tuned on {config['teacher_train_size']:,} labelled tweets: the student's, and "
         f"{hidden:,} that are in the transfer set without their labels.",
-        "Hard labels": "the teacher's most probable class gets probability 1; at this T it makes logits too large, so "
-        "NLL and ECE of these students say little.",
+        "Hard labels": "the teacher's most probable class gets probability 1; at this T the student's logits become "
+        "too large, so NLL and ECE of these students say little.",
         "Transfer set": f"{config['transfer_size']:,} tweets without labels.",
         "Labels redrawn": "each seed has other labelled tweets, so the intervals cover this choice, too.",
     }
     notes = [
-        f"Test split, mean of {len(stored['seeds'])} seeds ± half a 95% interval. Every arm is trained for "
+        f"Test split, mean of {len(stored['seeds'])} seeds ± half a 95% interval. Every student is trained for "
         f"{config['max_steps']:,} steps and has {learned} labelled tweets, or "
         f"{comparison.ARMS['more_labels'].recipe.labels} times as many where the table says so. All teachers are used "
         f"with T = {recipe.temperature:g} and alpha = {recipe.alpha:g}.",
@@ -233,8 +235,8 @@ def benchmark_tables() -> str:
             "",
             "In the next table, the 12 settings are pairs of temperature and alpha: the teacher runs once for all of "
             "them. The peak is the speed of the fastest large matrix product on this machine. The last two rows are "
-            "the time that one run needs for loading, tokenizing and saving, and the time from starting Python to the "
-            "end of the first training step.",
+            "the time that one run needs for loading, tokenizing and saving, and the time from the first import to the "
+            "first training step.",
             "",
             "| aim | measured | target | met |",
             "|---|---|---|---|",

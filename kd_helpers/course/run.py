@@ -70,7 +70,7 @@ def longest_first(paths: Sequence[Path]) -> list[Path]:
 def run_and_report(paths: Sequence[Path]) -> None:
     """Run notebooks, print the comparison that they made beside the stored one, and say where the pages are."""
     if not (artifacts.artifacts_dir() / "teachers").exists():
-        print("The first notebook also fine-tunes the teacher: two to ten minutes on two cores.", flush=True)
+        print("The first notebook also fine-tunes the teacher: two to eight minutes on two cores.", flush=True)
     folder = artifacts.artifacts_dir() / "course"
     run(paths, folder, others=[path for path in notebook_paths() if path not in paths])
     live = artifacts.artifacts_dir() / "comparison.json"
