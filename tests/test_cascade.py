@@ -60,6 +60,12 @@ def test_a_few_texts_are_not_enough_to_be_certain():
     assert choose_threshold(student, student, target=0.7) < math.inf
 
 
+def test_a_target_of_97_percent_needs_as_many_texts_as_the_docs_say():
+    logits = torch.randn(152, 3, generator=torch.Generator().manual_seed(0))
+    assert choose_threshold(logits[:-1], logits[:-1], target=0.97) == math.inf
+    assert choose_threshold(logits, logits, target=0.97) < math.inf
+
+
 def test_the_promise_is_kept():
     """The true agreement lies below the target in at most 5% of draws when the certainty is 95%; here of 200."""
     population = random_pair(200_000, 1)

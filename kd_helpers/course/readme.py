@@ -122,8 +122,8 @@ the transfer set is not shown to add anything: {_with_interval("transfer_own_lab
 labels, without a teacher, give {_with_interval("more_labels")}.
 - *Soft targets.* Softening the labels without a teacher (label smoothing) gives \
 {_with_interval("label_smoothing")}, a teacher that was not fine-tuned {_with_interval("untuned_teacher")}. The \
-teacher's probabilities give {_with_interval("tuned_teacher", "hard_labels")} more than its most probable classes \
-alone. With the transfer set, this difference is {_with_interval("transfer_set", "transfer_hard_labels")}.
+tuned teacher's probabilities give {_with_interval("tuned_teacher", "hard_labels")} more than its most probable \
+classes alone. With the transfer set, this difference is {_with_interval("transfer_set", "transfer_hard_labels")}.
 - *Stopping earlier.* Without a teacher, the student is {_with_interval("best_epoch")} better after its best epoch \
 (chosen on validation) than after its last step.
 - *Other labels.* If each repetition draws other labelled tweets from the teacher's {all_labels:,}, the gain is \
