@@ -118,7 +118,7 @@ trained on {hidden:,} of them, with labels).
 Four checks test this gain. Their parts overlap, so do not add them up. (Differences are computed before rounding.)
 
 - *Labels.* A teacher that was trained on the student's labels alone gives {_with_interval("own_labels")}. With it, \
-the transfer set is not shown to add anything: {_with_interval("transfer_own_labels", "own_labels")}. Four times the \
+the transfer set is not shown to add accuracy: {_with_interval("transfer_own_labels", "own_labels")}. Four times the \
 labels, without a teacher, give {_with_interval("more_labels")}.
 - *Soft targets.* Softening the labels without a teacher (label smoothing) gives \
 {_with_interval("label_smoothing")}, a teacher that was not fine-tuned {_with_interval("untuned_teacher")}. The \
