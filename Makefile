@@ -84,7 +84,8 @@ study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verd
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment && wait $$!
 	$(BIN)/python -m kd_helpers study dark_knowledge
-	$(BIN)/python -m kd_helpers study distilbert
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study distilbert & \
+		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study distilbert && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study tinybert & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study tinybert && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study language_models & \

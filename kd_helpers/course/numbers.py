@@ -28,7 +28,9 @@ _NUMBER = r"[−-]?\d[\d,]*(?:\.\d+)?%?"
 MARKED = re.compile(rf"(?:{_NUMBER} to )?{_NUMBER}(?: (?:points?|nats|ms|MB))?<!-- (?P<spec>[\w.]+: [^>]+?) -->")
 # Measures that are shares: in percent, and their differences in points.
 SHARES = (
-    *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "again_accuracy", "validation"),
+    *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "validation"),
+    *(f"labels_{count}_accuracy" for count in (50, 100, 500, 2500)),
+    *("transfer_500_accuracy", "all_labels_500_accuracy", "all_transfer_500_accuracy"),
     *("coherent", "grammar", "names", "plot", "ending"),
     *("rationale_accuracy", "given_accuracy", "given_rationales"),
     *("old_accuracy", "new_accuracy"),
@@ -219,45 +221,6 @@ def _as_written(mean_low_high: tuple[float, float, float], *, share: bool, diffe
     if interval:
         return f"{_written(low, share)} to {_written(high, share)}" + ("%" if share and not difference else "")
     return _written(value, share) + ("" if not share else " points" if difference else "%")
-
-
-# Chapter 11's ways to a fine-tuned student: an arm of the study, and the prefix of its measures.
-DISTILBERT_WAYS = {
-    "language then labels": ("all three losses", ""),
-    "language then teacher": ("all three losses", "again_"),
-    "labels short": ("no language distillation", ""),
-    "teacher short": ("no language distillation", "again_"),
-    "labels": ("all steps for the task", ""),
-    "teacher": ("all steps for the task", "again_"),
-    "teacher and transfer set": ("all steps for the task", "transfer_"),
-    "packaged layers": ("chapter 02's student, all steps for the task", "transfer_"),
-}
-
-
-def _distilbert_ways(rest: str) -> str:
-    """A number of chapter 11's section 8.
-
-    Args:
-        rest: `WAY, MEASURE`, or `WAY - OTHER WAY, MEASURE`, with `, interval` at its end its 95% interval. A way is a
-            key of `DISTILBERT_WAYS`, a measure `accuracy` or `nll`.
-    """
-    ways, measure, *interval = (part.strip() for part in rest.split(","))
-
-    def values(way: str) -> pd.Series:
-        if way not in DISTILBERT_WAYS:
-            raise ValueError(f"{way!r} is no way of chapter 11; name one of {', '.join(DISTILBERT_WAYS)}.")
-        arm, prefix = DISTILBERT_WAYS[way]
-        return _table("distilbert", prefix + measure)[arm]
-
-    way, _, other = (part.strip() for part in ways.partition(" - "))
-    value, low, high = mean_interval(values(way) - values(other) if other else values(way))
-    share = measure in SHARES
-    if interval:
-        return f"{_written(low, share)} to {_written(high, share)}" + ("" if other or not share else "%")
-    return _written(value, share) + ("" if not share else " points" if other else "%")
-
-
-OTHERS["distilbert_ways"] = _distilbert_ways
 
 
 def _digits(rest: str) -> str:

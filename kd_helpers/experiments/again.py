@@ -84,6 +84,18 @@ def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
     return build
 
 
+def _distilbert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
+    """With the learning rates that were chosen then."""
+
+    def build(stored: Mapping[str, Any]) -> Study:
+        distilbert = _module("distilbert")
+        ground = distilbert.prepare(distilbert.CONFIG, adaptation_steps=distilbert.ADAPTATION_STEPS)
+        rates = {name: distilbert.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
+        return distilbert.distilbert_study(ground, rates, getattr(distilbert, arms))
+
+    return build
+
+
 def _made_task(task: str) -> Callable[[Mapping[str, Any]], Study]:
     def build(_stored: Mapping[str, Any]) -> Study:
         rationales = _module("rationales")
@@ -122,6 +134,8 @@ def _on_tweets(module: str, function: str) -> Callable[[Mapping[str, Any]], Stud
 ENTRIES: dict[str, Entry] = {
     "comparison": Entry(_comparison, "tuned_teacher"),
     "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: T = 12"),
+    "distilbert": Entry(_distilbert("ARMS"), "packaged", ("nats", "labels_500_accuracy")),
+    "distilbert.parts": Entry(_distilbert("PARTS"), "random_none", ("nats", "labels_500_accuracy")),
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -34,7 +32,6 @@ from kd_helpers.data import (
     PAD_TO_MULTIPLE_OF,
     BucketBatchSampler,
     dataset_digest,
-    endless,
     tokenize,
     training_batches,
 )
@@ -73,7 +70,6 @@ ADAPTATION_STEPS = 600
 LEARNING_RATE = 5e-4
 BATCH_SIZE = 32
 HELD_OUT_SEED = 0  # masks the same tokens of the held-out texts for every model
-TEACHER_STATES = "teacher_states"  # what `with_teacher_states` adds to a batch
 
 
 class Weights(NamedTuple):
@@ -155,27 +151,7 @@ def language_forward(model: BertForMaskedLM, batch: Batch, precision: torch.dtyp
     as_asked = contextlib.nullcontext() if precision is None else autocast(model.device, precision)
     with as_asked:
         states = model.base_model(**model_inputs(model.base_model, batch)).last_hidden_state
-        return _predict_masked(model, batch, states)
-
-
-def _predict_masked(model: BertForMaskedLM, batch: Batch, states: torch.Tensor) -> LanguageOutput:
-    return LanguageOutput(model.cls(states[batch["labels"].to(states.device) != IGNORE_INDEX]), states)
-
-
-def with_teacher_states(
-    batches: DataLoader, teacher: BertForMaskedLM, steps: int, precision: torch.dtype = torch.float32
-) -> list[Batch]:
-    """The first `steps` batches with the teacher's last states, for several students that see the same batches.
-
-    States take H numbers per token, logits would take V. The teacher's head runs anew for each student instead.
-    """
-    found = []
-    for batch in tqdm(
-        itertools.islice(endless(batches), steps), total=steps, desc="Running the teacher", unit="step", leave=False
-    ):
-        with torch.no_grad():
-            found.append({**batch, TEACHER_STATES: language_forward(teacher, batch, precision).states.cpu()})
-    return found
+        return LanguageOutput(model.cls(states[batch["labels"].to(states.device) != IGNORE_INDEX]), states)
 
 
 def triple_loss(
@@ -239,10 +215,10 @@ def train_language_model(
 
     Args:
         model: learns, in place. Frozen parameters stay as they are.
-        batches: of `language_batches`, repeated as often as it takes; or at least `steps` of `with_teacher_states`.
+        batches: of `language_batches`, repeated as often as it takes; or at least `steps` of them.
         steps: optimiser steps.
-        teacher: frozen. It runs on every batch that does not carry its states: which tokens are masked changes from
-            epoch to epoch, so its output cannot be cached by text.
+        teacher: frozen. It runs on every batch: which tokens are masked changes from epoch to epoch, so its output
+            cannot be cached by text.
         temperature: T of the soft loss.
         weights: of the three losses.
         learning_rate: its peak, after a tenth of the steps.
@@ -265,7 +241,8 @@ def train_language_model(
 
     def loss_of(batch: Batch) -> LanguageLoss:
         needed = teacher is not None and (weights.soft or weights.cosine)
-        shown = _teacher_output(teacher, batch) if needed else None
+        with torch.no_grad():
+            shown = language_forward(teacher, batch) if needed else None
         return triple_loss(language_forward(model, batch), shown, batch, temperature=temperature, weights=weights)
 
     progress = fit(
@@ -280,13 +257,6 @@ def train_language_model(
     )
     model.eval()
     return LanguageLoss(*(progress.curve(name) for name in LanguageLoss._fields))
-
-
-@torch.no_grad()
-def _teacher_output(teacher: BertForMaskedLM, batch: Batch) -> LanguageOutput:
-    if TEACHER_STATES in batch:
-        return _predict_masked(teacher, batch, batch[TEACHER_STATES].to(teacher.device))
-    return language_forward(teacher, batch)
 
 
 def held_out_batches(texts: datasets.Dataset, tokenizer: Tokenizer, max_length: int) -> list[Batch]:

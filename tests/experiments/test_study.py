@@ -302,7 +302,12 @@ def test_a_stored_study_has_the_arms_of_today(name):
     assert stored["arms"] == json.loads(json.dumps(today))
     assert list(stored["arms"]) == list(today), "in their order, which tables and figures keep"
     assert titles(stored) == {arm: described.title for arm, described in arms.items()}
-    of_study = {"language_models": "nats", "deployment": "int8_accuracy", "verdict_study": "pays"}
+    of_study = {
+        "distilbert": "nats",
+        "language_models": "nats",
+        "deployment": "int8_accuracy",
+        "verdict_study": "pays",
+    }
     measure = of_study.get(name, "accuracy")
     assert list(study_table(stored, measure)) == list(arms)
 
@@ -347,18 +352,18 @@ def test_a_stored_study_was_made_with_the_choices_of_today(name, module):
     choices = stored_study(name)["choices"]
     assert DistillConfig(**choices["config"]) == module.CONFIG
     if name == "distilbert":
-        assert choices["steps"] == module.STEPS
-        assert choices["adaptation_steps"] == 600
-        assert choices["second_distillation"] == distilbert.SECOND_DISTILLATION
+        assert choices["steps"] == distilbert.STEPS
+        assert choices["adaptation_steps"] == distilbert.ADAPTATION_STEPS
+        assert choices["tasks"] == {task: described._asdict() for task, described in distilbert.TASKS.items()}
     else:
         assert choices["copies"] == tinybert.COPIES
         assert choices["weights"] == tinybert.WEIGHTS
 
 
-def test_the_parts_of_tinybert_are_complete():
-    parts, seeds = stored_study("tinybert")["parts"], tinybert.PART_SEEDS
-    assert {(run["arm"], run["seed"]) for run in parts["runs"]} == {
-        (arm, seed) for arm in tinybert.PARTS for seed in seeds
+@pytest.mark.parametrize(("name", "module"), [("distilbert", distilbert), ("tinybert", tinybert)])
+def test_the_parts_of_a_study_are_complete(name, module):
+    assert {(run["arm"], run["seed"]) for run in stored_study(name)["parts"]["runs"]} == {
+        (arm, seed) for arm in module.PARTS for seed in module.PART_SEEDS
     }
 
 
