@@ -72,12 +72,15 @@ def _comparison(stored: Mapping[str, Any]) -> Study:
     return dataclasses.replace(study, choices={**study.choices, "config": config.to_dict()})
 
 
-def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
-    """With the learning rates that were chosen then."""
+def _chosen_rates(module: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The learning rates that were chosen when the study was made, as its module has them."""
+    return {name: module.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
 
+
+def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
     def build(stored: Mapping[str, Any]) -> Study:
         tinybert = _module("tinybert")
-        rates = {name: tinybert.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
+        rates = _chosen_rates(tinybert, stored)
         material = tinybert.prepare_material(resolve(tinybert.CONFIG), copies=tinybert.COPIES)
         return tinybert.tinybert_study(material, rates.__getitem__, getattr(tinybert, arms))
 
@@ -85,13 +88,10 @@ def _tinybert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
 
 
 def _distilbert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
-    """With the learning rates that were chosen then."""
-
     def build(stored: Mapping[str, Any]) -> Study:
         distilbert = _module("distilbert")
         ground = distilbert.prepare(distilbert.CONFIG, adaptation_steps=distilbert.ADAPTATION_STEPS)
-        rates = {name: distilbert.Rates(**found) for name, found in stored["choices"]["learning_rates"].items()}
-        return distilbert.distilbert_study(ground, rates, getattr(distilbert, arms))
+        return distilbert.distilbert_study(ground, _chosen_rates(distilbert, stored), getattr(distilbert, arms))
 
     return build
 
