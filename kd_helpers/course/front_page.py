@@ -105,7 +105,9 @@ def result_sentence() -> str:
     return (
         f"After {steps:,} optimiser steps, the student of a fine-tuned teacher is <strong>{number(gain)}</strong> more "
         f"accurate than the same student trained on the labels alone (95% interval {number(f'{gain}, interval')}), and "
-        f"<strong>{number(transfer)}</strong> more accurate when the teacher also labels further tweets."
+        f"<strong>{number(transfer)}</strong> ({number(f'{transfer}, interval')}) more accurate when it also learns "
+        "the teacher's outputs for further tweets without labels, the transfer set. (Differences are computed before "
+        "rounding.)"
     )
 
 
@@ -119,7 +121,7 @@ def result_chart() -> dict[str, Any]:
         return Row(title, distilled, text, *(100 * (value - first) / (last - first) for value in values))
 
     teacher = stored["teachers"]["tuned"]["accuracy"]
-    rows = [row("The teacher itself", False, number("comparison: tuned, accuracy"), teacher, teacher, teacher)]
+    rows = [row("The tuned teacher itself", False, number("comparison: tuned, accuracy"), teacher, teacher, teacher)]
     for arm, title in titles(stored).items():
         mean, low, high = table.loc[arm]
         distilled = stored["arms"][arm]["recipe"]["teacher"] == "tuned"

@@ -29,6 +29,7 @@ TEMPLATES.filters["thousands"] = "{:,}".format
 # STIX Two Math 2.11 (SIL Open Font License 1.1), reduced with fonttools to the characters of formulas like ours: few
 # systems have a font from which browsers can build roots, braces and sums.
 FONT = "STIXTwoMath.woff2"
+LONGEST_WORD = 28  # characters of code that fit into a line on a phone
 _highlight = Highlight2HTML(pygments_lexer="ipython3")
 _formulas = LatexToMathML(fancy_error=False)
 
@@ -76,6 +77,12 @@ class PageRenderer(IPythonRenderer):
         self.sections.append(Section(level, anchor, text))
         link = f'<a class="anchor" href="#{anchor}" aria-label="Link to this section">#</a>'
         return f'<h{level} id="{anchor}">{text} {link}</h{level}>\n'
+
+    def codespan(self, text: str) -> str:
+        """Code within a sentence; a single word, such as an option, stays on one line."""
+        code = super().codespan(text)
+        whole = len(text) <= LONGEST_WORD and " " not in text
+        return code.replace("<code>", '<code class="word">', 1) if whole else code
 
     def inline_math(self, body: str) -> str:
         return _formulas.convert_with_local_state(body, displaystyle=False)

@@ -146,7 +146,7 @@ def results_tables() -> str:
             f"| {row['fidelity']:.1%} |"
             for arm, row in comparison.summary(stored).iterrows()
         ),
-        f"| *the teacher itself* | {teacher['accuracy']:.1%} | {teacher['nll']:.2f} | {teacher['ece']:.3f} | |",
+        f"| *the tuned teacher itself* | {teacher['accuracy']:.1%} | {teacher['nll']:.2f} | {teacher['ece']:.3f} | |",
     ]
     hidden = config["teacher_train_size"] - config["train_size"]
     learned, recipe = f"{config['train_size']:,}", comparison.ARMS["tuned_teacher"].recipe
@@ -155,10 +155,10 @@ def results_tables() -> str:
         "Label smoothing": "every label mixed with equal probabilities, without a teacher.",
         "Untuned teacher": "its classification head is random.",
         "Teacher of the same labels": f"fine-tuned on the student's {learned} labels alone.",
-        "Tuned teacher": f"fine-tuned on {config['teacher_train_size']:,} labelled tweets: the student's, and "
-        f"{hidden:,} that are in the transfer set without their labels.",
-        "Hard labels": "the teacher's most probable class gets probability 1; at this T the student's logits become "
-        "too large, so NLL and ECE of these students say little.",
+        "Tuned teacher": f"fine-tuned on {config['teacher_train_size']:,} labelled tweets, the student's {learned} "
+        f"and {hidden:,} others. These others are in the transfer set, too, but there without their labels.",
+        "Hard labels": "the teacher's most probable class gets probability 1. Learned at this T, such targets make the "
+        "student's logits too large, so NLL and ECE of these students say little.",
         "Transfer set": f"{config['transfer_size']:,} tweets without labels.",
         "Labels redrawn": "each seed has other labelled tweets, so the intervals cover this choice, too.",
     }
@@ -179,8 +179,10 @@ def _differences() -> list[str]:
     """The table of differences between two arms of the comparison."""
     arms = titles(comparison.stored_comparison())
     return [
-        "Accuracy of a student minus that of another, seed by seed and before rounding, with the 95% interval over "
-        "seeds. If an interval contains 0, no difference is shown.",
+        "## Differences",
+        "",
+        "The accuracy of one student minus that of another. Differences are computed seed by seed and before rounding, "
+        "and the 95% interval covers the seeds. If an interval contains 0, no difference is shown.",
         "",
         "| student trained with | minus student trained with | difference | 95% interval |",
         "|---|---|--:|---|",
@@ -343,13 +345,14 @@ def settings_tables() -> str:
     stored = settings.stored_settings()
     titles = {TWEETS: "the course's tweets, 3 classes"} | {name: found.title for name, found in SETS.items()}
     parts = [
+        "The four sets of texts:",
         "\n".join(
             f"- *{name}*: {titles[name]}; {labelled:,} labelled texts for teacher and student, {others:,} without "
             f"labels, {held_out:,} for validation."
             for name, (_, labelled, others, held_out) in stored["choices"]["sizes"].items()
-        )
+        ),
     ]
-    parts += ["**Over labels only**", conformance.as_markdown(_over_labels(stored))]
+    parts += ["**Gain over students with labels only**", conformance.as_markdown(_over_labels(stored))]
     for kind, said in SETTING_KINDS.items():
         table = settings.changes_table(stored, kind)
         rows = []
@@ -357,7 +360,7 @@ def settings_tables() -> str:
             mean, low, high = (points(row["mean", name]) for name in ("gain", "low", "high"))
             of_sets = {name: points(row[name, "gain"]) for name in settings.TEXTS}
             rows.append({"": change} | of_sets | {"mean": f"**{mean}** ({low} to {high})"})
-        parts += [f"**{said}**", conformance.as_markdown(pd.DataFrame(rows))]
+        parts += [f"**Changed settings: {said[0].lower()}{said[1:]}**", conformance.as_markdown(pd.DataFrame(rows))]
     return "\n\n".join([*parts, origin(stored)])
 
 

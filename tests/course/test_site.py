@@ -131,7 +131,7 @@ def test_the_front_page_asks_answers_and_says_how_to_start(site):
     assert "?" in shown
     for spec in ("tuned_teacher - baseline, accuracy", "tuned_teacher - baseline, accuracy, interval"):
         assert number(f"comparison: {spec}") in shown
-    for title in ("The teacher itself", "Baseline: labels only"):
+    for title in ("The tuned teacher itself", "Baseline: labels only"):
         assert title in shown
     assert number("comparison: baseline, accuracy") in shown
     assert {"make run", "make lab"} <= set(re.findall(r"make (?:run|lab)\b", shown))
