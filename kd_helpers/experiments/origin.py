@@ -30,7 +30,7 @@ def origin(result: Mapping[str, Any]) -> str:
     first = f"Made with torch {made['torch']} on {made['date']}."
     if is_current(result):
         return first
-    return f"{first} Parts of the code that made it have changed since{_made_again(result)}."
+    return f"{first} Parts of its code have changed since then{_made_again(result)}."
 
 
 def made_again() -> dict[str, Any]:
@@ -41,7 +41,7 @@ def made_again() -> dict[str, Any]:
 def _made_again(result: Mapping[str, Any]) -> str:
     run = next((run for run in made_again().values() if _is_of(run, result)), None)
     if run is None:
-        return ", and it has not been made again"
+        return ", and it has not been repeated"
     other = [
         f"{name} {again:.4f} (stored: {stored:.4f})"
         for name, (stored, again) in run["measures"].items()
@@ -49,8 +49,8 @@ def _made_again(result: Mapping[str, Any]) -> str:
     ]
     found = "the same numbers"
     if other:
-        found = f"other numbers, by the code or by another processor: {', '.join(other)}"
-    return f"; one of its runs, made again on {run['date']}, gave {found}"
+        found = f"other numbers, perhaps because of the new code or another processor: {', '.join(other)}"
+    return f"; one of its runs, repeated on {run['date']}, gave {found}"
 
 
 def _is_of(run: Mapping[str, Any], result: Mapping[str, Any]) -> bool:

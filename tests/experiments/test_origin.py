@@ -17,7 +17,7 @@ from kd_helpers.experiments.studies import STUDIES
 from kd_helpers.experiments.study import made_with, stored_study
 
 MODULE = "kd_helpers.experiments.dark_knowledge"
-CHANGED = " Parts of the code that made it have changed since"
+CHANGED = " Parts of its code have changed since then"
 OF = {"module": MODULE, "source": "0123456789abcdef", "date": "2030-01-02"}
 
 
@@ -48,29 +48,29 @@ def test_of_a_result_of_other_code_that_it_has_changed(again):
     no_code = {name: value for name, value in made_then()["made_with"].items() if name not in ("source", "module")}
     for result in (made_then(), made_then() | {"made_with": no_code}):
         assert not is_current(result)
-        said = f"Made with torch 9.9 on 2030-01-02.{CHANGED}, and it has not been made again."
+        said = f"Made with torch 9.9 on 2030-01-02.{CHANGED}, and it has not been repeated."
         assert origin(result) == said
 
 
 def test_and_what_a_run_gave_that_was_made_again(again):
-    start = f"Made with torch 9.9 on 2030-01-02.{CHANGED}; one of its runs, made again on 2031-02-03, gave "
+    start = f"Made with torch 9.9 on 2030-01-02.{CHANGED}; one of its runs, repeated on 2031-02-03, gave "
     again["one"] = run_again(accuracy=[0.75, 0.75])
     assert origin(made_then()) == f"{start}the same numbers."
     again["one"] = run_again(accuracy=[0.75, 0.7501], nll=[0.5, 0.5])
-    said = "other numbers, by the code or by another processor: accuracy 0.7501 (stored: 0.7500)."
+    said = "other numbers, perhaps because of the new code or another processor: accuracy 0.7501 (stored: 0.7500)."
     assert origin(made_then()) == start + said
 
 
 @pytest.mark.parametrize("other", [{"arm": "three"}, {"seed": 1}, {"measures": {"accuracy": [0.7, 0.7]}}])
 def test_a_run_of_another_part_says_nothing_of_this_one(again, other):
     again["one"] = run_again(accuracy=[0.75, 0.75]) | other
-    assert origin(made_then()).endswith(f"{CHANGED}, and it has not been made again.")
+    assert origin(made_then()).endswith(f"{CHANGED}, and it has not been repeated.")
 
 
 @pytest.mark.parametrize("other", [{"date": "2030-01-03"}, {"source": "a" * 16}, {"module": "kd_helpers.loop"}])
 def test_a_run_of_another_result_says_nothing_of_this_one(again, other):
     again["one"] = run_again(accuracy=[0.75, 0.75])
-    assert origin(made_then(**other)).endswith(f"{CHANGED}, and it has not been made again.")
+    assert origin(made_then(**other)).endswith(f"{CHANGED}, and it has not been repeated.")
 
 
 @pytest.mark.parametrize("width", [30, 60, 88])
