@@ -107,8 +107,9 @@ def readme_results() -> str:
     smaller, faster = (number(f"costs: student / teacher, {of}") for of in ("parameters", "texts_per_second"))
     return f"""\
 Every row of the figure is a student, named after what it is trained with. It has half of its teacher's layers and \
-{smaller} times the parameters, and on our processor it reads {faster} times as many texts per second. All but the \
-last have {config["train_size"]:,} labelled tweets, the tuned teacher {all_labels:,}, which include those. After \
+{smaller} times the parameters, and on our processor it reads {faster} times as many texts per second. Every student \
+has {config["train_size"]:,} labelled tweets (*{titles(stored)["more_labels"]}*: {all_labels:,}), the tuned teacher \
+{all_labels:,}, which include those. After \
 {config["max_steps"]:,} optimiser steps, the student of a fine-tuned teacher is **{_gain("tuned_teacher")}** more \
 accurate than the same student trained on the labels alone (95% interval over {len(stored["seeds"])} seeds: \
 {_interval("tuned_teacher")}), and **{_gain("transfer_set")}** more accurate when it also learns the teacher's \
