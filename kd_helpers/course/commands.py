@@ -172,7 +172,10 @@ def _demo(chosen: argparse.Namespace) -> None:
         path = demo(artifacts_dir() / "site")
     except ValueError as error:
         raise RefusedError(str(error)) from error
-    print(f"The page: {path}\nStart a server with `python -m http.server --bind 127.0.0.1 --directory {path.parent}`")
+    print(
+        f"The page: {path}\nStart a server with "
+        f"`.venv/bin/python -m http.server --bind 127.0.0.1 --directory {path.parent}`"
+    )
     print(f"and open http://127.0.0.1:8000/{path.name}.")
 
 

@@ -87,7 +87,9 @@ def _about_costs(costs: dict[str, Any]) -> list[str]:
     ]
     if makers := [name[:2] for name, cost in costs.items() if cost["teachers_made"]]:
         lines.append(
-            f"The time of {' and '.join(makers)} includes the fine-tuning of a teacher; the others found theirs."
+            f"The time of {' and '.join(makers)} includes the fine-tuning of a teacher; the others found theirs. "
+            "(Chapter 02 always trains a small one of its own. The first chapter that you run fine-tunes the course's "
+            "teacher, which takes two to eight minutes more.)"
         )
     return ["", *lines]
 
@@ -116,7 +118,8 @@ accurate than the same student trained on the labels alone (95% interval over {l
 outputs for {config["transfer_size"]:,} other tweets without their labels, the *transfer set* (the teacher was \
 trained on {hidden:,} of them, with labels).
 
-Four checks test this gain. Their parts overlap, so do not add them up. (Differences are computed before rounding.)
+Four checks test this gain. Unless we say otherwise, each number is the gain over the student of the labels alone. The \
+same cause can count in several of them, so do not add them up. (Differences are computed before rounding.)
 
 - *Labels.* A teacher that was trained on the student's labels alone gives {_with_interval("own_labels")}. With it, \
 the transfer set is not shown to add accuracy: {_with_interval("transfer_own_labels", "own_labels")}. Four times the \
@@ -229,17 +232,18 @@ def benchmark_tables() -> str:
             *(f"- *{way}*: {says}." for way, says in benchmark.DESCRIPTIONS.items()),
             "",
             f"{config['train_size']:,} tweets, {config['epochs']} epochs, batches of {config['batch_size']}. Seconds, "
-            f"tokens without padding and MB held at the peak: medians of {rounds} rounds, each with a seed of its own.",
-            "How many times as long a way takes as *distillation* is computed within each round; the table has the "
-            "median of these ratios, which need not be the ratio of two medians. Accuracy and NLL are means on "
-            f"validation. Accuracy of *distillation* minus *usual loop*: {100 * difference:+.1f} points (95% interval "
-            f"{100 * low:+.1f} to {100 * high:+.1f}, {rounds} seeds). The two differ in several things at once, "
-            "also in the settings of the optimiser, so the number does not say which of them matters.",
+            f"tokens a second (without padding) and MB are medians of {rounds} rounds, each with a seed of its own. MB "
+            "is the most memory that was held above what was held before a way began, so the two models are not in it.",
+            "*Times as long*: in each round, the time of a way is divided by that of *distillation*. The table has the "
+            "median of these ratios, so it can differ from the ratio of the seconds shown. Accuracy and NLL are means "
+            f"on validation. Accuracy of *distillation* minus *usual loop*: {100 * difference:+.1f} points (95% "
+            f"interval {100 * low:+.1f} to {100 * high:+.1f}, {rounds} seeds). The two differ in several things at "
+            "once, also in the settings of the optimiser, so the number does not say which of them matters.",
             "",
             "In the next table, the 12 settings are pairs of temperature and alpha: the teacher runs once for all of "
-            "them. The peak is the speed of the fastest large matrix product on this machine. The last two rows are "
-            "the time that one run needs for loading, tokenizing and saving, and the time from the first import to the "
-            "first training step.",
+            "them. A row with ÷ is a ratio of two times. The peak is the speed of the fastest large matrix product on "
+            "this machine. The last two rows are the time that one run needs for loading, tokenizing and saving, and "
+            "the time from the first import to the first training step.",
             "",
             "| aim | measured | target | met |",
             "|---|---|---|---|",
@@ -254,8 +258,7 @@ def benchmark_tables() -> str:
             f"`torch.compile` it takes {seconds['uncompiled']:.1f} s. So the course does not use it. (One run each, "
             "apart from the rounds.)",
             "",
-            f"Made with torch {made['torch']} on {made['date']}: {made['processor']}, {made['threads']} threads, "
-            f"{made['precision']}.",
+            f"{origin(stored)} Machine: {made['processor']}, {made['threads']} threads, {made['precision']}.",
         ]
     )
 
@@ -275,6 +278,10 @@ def _about_runs(stored: dict[str, Any]) -> list[str]:
     ]
 
 
+# Of the table of token losses, by their names in `conformance.speed_table`.
+TOKEN_COLUMNS = {"ms": "toolkit, ms", "times ours": "toolkit ÷ ours", "MB": "toolkit, MB"}
+
+
 def token_losses() -> str:
     """The table of token losses against those of other toolkits, from the stored comparison."""
     stored = conformance.stored_conformance()
@@ -283,11 +290,11 @@ def token_losses() -> str:
     )
     return "\n".join(
         [
-            conformance.as_markdown(conformance.speed_table(stored).rename(columns={"times ours": "times as long"})),
+            conformance.as_markdown(conformance.speed_table(stored).rename(columns=TOKEN_COLUMNS)),
             "",
             f"Time for the loss and its gradient on {sizes} tokens. A quarter of the tokens is left out of the loss, "
             f"as padding would be. Times are medians of {token_speed.ROUNDS} rounds, in which the toolkit's loss and "
-            "ours ran one after the other; *times as long* is the median of their ratios, which need not be the ratio "
+            "ours ran one after the other; *toolkit ÷ ours* is the median of their ratios, which need not be the ratio "
             "of the two medians. MB is the most memory that is needed besides the logits. Our loss was measured again "
             f"for each row, so compare numbers within one row only. {origin(stored)}",
         ]

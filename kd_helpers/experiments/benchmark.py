@@ -242,16 +242,17 @@ WAYS: dict[str, Callable[[Bench, PreTrainedModel, int], None]] = {
 }
 # For readers of a table. Every way has the same student, texts, epochs and batch size.
 DESCRIPTIONS = {
-    "usual loop": "float32, random batches, the teacher runs at every step, AdamW with its default settings",
+    "usual loop": "float32, random batches, the teacher runs at every step, PyTorch's AdamW with weight decay on all "
+    "parameters, no warm-up",
     "Trainer, online teacher": "Hugging Face's `Trainer`: grouped by length, the teacher runs at every step, "
     "mixed precision where the machine is faster with it",
     "distillation": "the course's loop: batches of similar length, cached teacher logits, lean, "
     "bfloat16 where the machine is faster with it",
-    "distillation, cold": "the same, and the time in which the teacher runs once over the texts",
-    "distillation, not lean": "the same with `lean=False`",
-    "distillation, random batches": "the same with texts of any length in a batch",
-    "distillation, float32": "the same in float32",
-    "distillation, online teacher": "the same, but the teacher runs at every step",
+    "distillation, cold": "as *distillation*, but the time includes the one pass of the teacher over the texts",
+    "distillation, not lean": "as *distillation*, with `lean=False`",
+    "distillation, random batches": "as *distillation*, with texts of any length in a batch",
+    "distillation, float32": "as *distillation*, in float32",
+    "distillation, online teacher": "as *distillation*, but the teacher runs at every step",
     "fine-tuning": "the course's loop without a teacher (alpha 0)",
 }
 
@@ -564,14 +565,14 @@ def targets(result: dict[str, Any]) -> pd.DataFrame:
     share, sweep = result["step"][result["made_with"]["precision"]]["share"], result["sweep"]["ratio"]
     settings = len(SWEPT_SETTINGS)
     rows = [
-        ("time of distillation / fine-tuning", ratio(result, "distillation", "fine-tuning"), "≤", 1.03),
-        ("time of usual loop / distillation", ratio(result, "usual loop", "distillation"), "≥", 7.0),
-        ("time of Trainer / distillation", ratio(result, "Trainer, online teacher", "distillation"), "≥", 3.0),
-        (f"time of {settings} settings, teacher run once / {settings} fine-tunings", sweep, "≤", 1.08),
+        ("time of distillation ÷ fine-tuning", ratio(result, "distillation", "fine-tuning"), "≤", 1.03),
+        ("time of the usual loop ÷ distillation", ratio(result, "usual loop", "distillation"), "≥", 7.0),
+        ("time of the Trainer ÷ distillation", ratio(result, "Trainer, online teacher", "distillation"), "≥", 3.0),
+        (f"time of {settings} settings, teacher run once ÷ {settings} fine-tunings", sweep, "≤", 1.08),
         (f"share of the machine's peak in a step of {STEP_BATCH_SIZE} texts", share, "≥", 0.3),
     ]
     if "evaluation" in result:  # results of version 0.4.0 and before lack it
-        rows.append(("time of evaluation / forward passes alone", result["evaluation"]["ratio"], "≤", 1.3))
+        rows.append(("time of evaluation ÷ forward passes alone", result["evaluation"]["ratio"], "≤", 1.3))
     if "run" in result:
         rows.append(("seconds of a run outside steps and evaluations", result["run"]["outside"], "≤", 3.0))
         rows.append(("seconds from import to the first step", result["start"]["first_step"], "≤", 5.0))
