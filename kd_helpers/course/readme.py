@@ -278,10 +278,6 @@ def _about_runs(stored: dict[str, Any]) -> list[str]:
     ]
 
 
-# Of the table of token losses, by their names in `conformance.speed_table`.
-TOKEN_COLUMNS = {"ms": "toolkit, ms", "times ours": "toolkit ÷ ours", "MB": "toolkit, MB"}
-
-
 def token_losses() -> str:
     """The table of token losses against those of other toolkits, from the stored comparison."""
     stored = conformance.stored_conformance()
@@ -290,7 +286,7 @@ def token_losses() -> str:
     )
     return "\n".join(
         [
-            conformance.as_markdown(conformance.speed_table(stored).rename(columns=TOKEN_COLUMNS)),
+            conformance.as_markdown(conformance.speed_table(stored)),
             "",
             f"Time for the loss and its gradient on {sizes} tokens. A quarter of the tokens is left out of the loss, "
             f"as padding would be. Times are medians of {token_speed.ROUNDS} rounds, in which the toolkit's loss and "
@@ -368,7 +364,7 @@ def settings_tables() -> str:
             mean, low, high = (points(row["mean", name]) for name in ("gain", "low", "high"))
             of_sets = {name: points(row[name, "gain"]) for name in settings.TEXTS}
             rows.append({"": change} | of_sets | {"mean": f"**{mean}** ({low} to {high})"})
-        parts += [f"**Changed settings: {said[0].lower()}{said[1:]}**", conformance.as_markdown(pd.DataFrame(rows))]
+        parts += [f"**{said}: changed settings**", conformance.as_markdown(pd.DataFrame(rows))]
     return "\n\n".join([*parts, origin(stored)])
 
 

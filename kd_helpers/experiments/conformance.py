@@ -591,10 +591,10 @@ def speed_table(result: Mapping[str, Any]) -> pd.DataFrame:
             {
                 "loss": f"{row['toolkit']} {row['version']}, `{row['call']}`",
                 "vocabulary": f"{speed['vocabulary']:,}",
-                "ms": f"{1e3 * speed['seconds']:.0f}",
+                "toolkit, ms": f"{1e3 * speed['seconds']:.0f}",
                 "ours, ms": f"{1e3 * speed['ours_seconds']:.0f}",
-                "times ours": f"{speed['times']:.1f}",
-                "MB": f"{speed['megabytes']:.0f}",
+                "toolkit ÷ ours": f"{speed['times']:.1f}",
+                "toolkit, MB": f"{speed['megabytes']:.0f}",
                 "ours, MB": f"{speed['ours_megabytes']:.0f}",
             }
             for row in rows(result)
