@@ -43,7 +43,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "04": ("optim",),
     "05": ("loop", "lean", "checkpoints", "metrics", "runs"),
     "06": ("experiments.comparison", "experiments.verdict"),
-    "07": ("experiments.sweep",),
+    "07": ("experiments.sweep", "experiments.patience"),
     "08": ("export", "cascade", "experiments.serving", "methods.quantisation_aware"),
     "10": ("methods.digits", "experiments.study"),
     "11": ("methods.hidden_losses", "methods.distilbert"),
