@@ -1,0 +1,1 @@
+export LD_PRELOAD=/tmp/libfi.so; cd /tmp/pt; export KD_ARTIFACTS=/tmp/art_pt PYTHONPATH=/tmp/pt OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TQDM_MININTERVAL=10 TOKENIZERS_PARALLELISM=false; exec /work/main/.venv/bin/python /tmp/pt_plan.py $2 $3 > /tmp/logs/plan.$1.log 2>&1

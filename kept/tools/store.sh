@@ -1,0 +1,1 @@
+cd /tmp/land; TQDM_MININTERVAL=5 KD_ARTIFACTS=/tmp/art_land PYTHONPATH=/tmp/land TOKENIZERS_PARALLELISM=false PATH=/work/main/.venv/bin:$PATH LD_PRELOAD=/tmp/libfi.so nohup python -m kd_helpers course store 07 > /tmp/logs/store07.log 2>&1
