@@ -80,9 +80,11 @@ sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quar
 		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
 	$(BIN)/python -m kd_helpers course sweep
 
-study: $(READY) ## make the studies of notebooks 08 and 10 to 15 and of the verdict again, ten hours; resumes where it stopped
+study: $(READY) ## make the studies of notebooks 07, 08 and 10 to 15 and of the verdict again, fifteen hours; resumes where it stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study deployment && wait $$!
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study patience & \
+		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study patience && wait $$!
 	$(BIN)/python -m kd_helpers study dark_knowledge
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study distilbert & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study distilbert && wait $$!

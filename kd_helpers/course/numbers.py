@@ -31,6 +31,7 @@ SHARES = (
     *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "validation"),
     *(f"labels_{count}_accuracy" for count in (50, 100, 500, 2500)),
     *("transfer_500_accuracy", "all_labels_500_accuracy", "all_transfer_500_accuracy"),
+    *("again_accuracy", "last_accuracy"),
     *("coherent", "grammar", "names", "plot", "ending"),
     *("rationale_accuracy", "given_accuracy", "given_rationales"),
     *("old_accuracy", "new_accuracy"),
@@ -67,7 +68,10 @@ def number(spec: str) -> str:
     """
     study, _, rest = spec.partition(": ")
     if study in OTHERS:
-        return OTHERS[study](rest)
+        try:
+            return OTHERS[study](rest)
+        except KeyError as error:
+            raise ValueError(f"the marker {spec!r} names {error}, which does not exist.") from error
     if study.partition(".")[0] not in STUDIES:
         raise ValueError(f"the marker {spec!r} names no study; name one of {', '.join((*STUDIES, *OTHERS))}.")
     arms, measure, *interval = (part.strip() for part in rest.split(","))
@@ -196,6 +200,50 @@ def _validation(rest: str) -> str:
 
 
 OTHERS["validation"] = _validation
+
+
+def _best_length(rest: str) -> str:
+    """The accuracy of an arm of chapter 07's lengths minus that of the baseline at its best length and epoch.
+
+    Args:
+        rest: `ARM, STEPS`; with `, interval` the 95% interval over the seeds.
+    """
+    from kd_helpers.experiments import patience  # here, since it imports torch
+
+    arm, steps, *interval = (part.strip() for part in rest.split(","))
+    stored = _stored("patience")
+    values = (patience.by_steps(stored).loc[int(steps), arm] - patience.best_baseline(stored)).dropna()
+    return _as_written(mean_interval(values), share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["best_length"] = _best_length
+
+
+def _longer(rest: str) -> str:
+    """What more steps add to the accuracy of an arm in chapter 07's lengths: `ARM, STEPS - FEWER[, interval]`."""
+    from kd_helpers.experiments import patience  # here, since it imports torch
+
+    arm, steps, *interval = (part.strip() for part in rest.split(","))
+    more, fewer = (int(part) for part in steps.split(" - "))
+    by_seed = patience.by_steps(_stored("patience"))[arm].unstack(level="steps")
+    gain = mean_interval((by_seed[more] - by_seed[fewer]).dropna())
+    return _as_written(gain, share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["longer"] = _longer
+
+
+def _further_texts(rest: str) -> str:
+    """What so many further texts add to the accuracy of chapter 07's distilled student: `COUNT[, interval]`."""
+    from kd_helpers.experiments import patience  # here, since it imports torch
+
+    count, *interval = (part.strip() for part in rest.split(","))
+    table = patience.by_texts(_stored("patience"))
+    gain = mean_interval(table[int(count)] - table[0])
+    return _as_written(gain, share=True, difference=True, interval=bool(interval))
+
+
+OTHERS["further_texts"] = _further_texts
 
 
 def _texts(rest: str) -> str:

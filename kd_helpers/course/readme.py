@@ -43,7 +43,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "04": ("optim",),
     "05": ("loop", "lean", "checkpoints", "metrics", "runs"),
     "06": ("experiments.comparison", "experiments.verdict"),
-    "07": ("experiments.sweep",),
+    "07": ("experiments.sweep", "experiments.patience"),
     "08": ("export", "cascade", "experiments.serving", "methods.quantisation_aware"),
     "10": ("methods.digits", "experiments.study"),
     "11": ("methods.hidden_losses", "methods.distilbert"),
@@ -95,8 +95,8 @@ def _about_costs(costs: dict[str, Any]) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds in words; in minutes from a hundred on."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    """Seconds in words that stay on one line; in minutes from a hundred on."""
+    return f"{seconds:.0f}&nbsp;s" if seconds < 100 else f"{seconds / 60:.1f}&nbsp;min"
 
 
 def readme_results() -> str:

@@ -103,8 +103,8 @@ def test_costs_are_shown_and_gaps_stay_blank(tmp_path, monkeypatch):
     assert (stored["seconds"], stored["peak_megabytes"], stored["teachers_made"]) == (12.0, 1234.6, 1)
     assert {"torch", "date", "machine", "threads"} <= set(stored["made_with"])
     shown = readme.chapters_table()
-    assert "| 12 s | 1,235 |" in shown
-    assert "| 2.5 min | 1,235 |" in shown
+    assert "| 12&nbsp;s | 1,235 |" in shown
+    assert "| 2.5&nbsp;min | 1,235 |" in shown
     assert "The time of 03 includes the fine-tuning of a teacher; the others found theirs." in shown
     assert "Binder gives 2,147 MB" in shown
 

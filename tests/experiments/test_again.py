@@ -14,7 +14,7 @@ import pytest
 
 from kd_helpers import artifacts
 from kd_helpers.course.full_sweep import SWEPT
-from kd_helpers.experiments import again, origin
+from kd_helpers.experiments import again, origin, patience
 from kd_helpers.experiments.again import ENTRIES, SEED, Entry, OtherChoicesError, make_again, stored_part
 from kd_helpers.experiments.origin import made_again
 from kd_helpers.experiments.studies import STUDIES
@@ -76,7 +76,8 @@ def test_every_study_and_part_that_names_its_code_has_an_entry():
         if isinstance(value, dict) and "made_with" in value
     }
     expected = {name for name, stored in named.items() if "source" in stored["made_with"]}  # since 0.5.0
-    assert ENTRIES.keys() == expected
+    # Chapter 07's lengths differ in their number of steps alone: the shortest stands for all.
+    assert ENTRIES.keys() == expected - {f"patience.{steps}_steps" for steps in patience.STEPS[1:]}
 
 
 @pytest.mark.parametrize("name", ENTRIES)

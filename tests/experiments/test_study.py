@@ -22,6 +22,7 @@ from kd_helpers.experiments import (
     deployment,
     distilbert,
     language_models,
+    patience,
     rationales,
     settings,
     studies,
@@ -262,6 +263,7 @@ def test_what_made_a_result_is_told():
 
 MODULES = {
     "comparison": comparison,
+    "patience": patience,
     "dark_knowledge": dark_knowledge,
     "distilbert": distilbert,
     "tinybert": tinybert,
@@ -274,6 +276,7 @@ MODULES = {
 }
 SEEDS = {
     "comparison": comparison.COMPARISON_SEEDS,
+    "patience": comparison.COMPARISON_SEEDS,
     "dark_knowledge": dark_knowledge.SEEDS,
     "distilbert": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
@@ -284,7 +287,10 @@ SEEDS = {
     "verdict_study": verdict_study.SEEDS,
     "settings": settings.SEEDS,
 }
-ARMS_OF = {name: module.ARMS for name, module in MODULES.items()} | {"rationales": rationales.ARMS["knowledge"]}
+ARMS_OF = {name: module.ARMS for name, module in MODULES.items() if hasattr(module, "ARMS")} | {
+    "rationales": rationales.ARMS["knowledge"],
+    "patience": patience.texts_study().arms,
+}
 
 
 def test_every_study_that_can_be_made_is_stored():
@@ -358,6 +364,16 @@ def test_a_stored_study_was_made_with_the_choices_of_today(name, module):
     else:
         assert choices["copies"] == tinybert.COPIES
         assert choices["weights"] == tinybert.WEIGHTS
+
+
+@pytest.mark.parametrize("steps", [steps for steps in patience.STEPS if steps != patience.CONFIG.max_steps])
+def test_the_lengths_of_patience_are_complete_and_as_precise_as_the_comparison(steps):
+    stored, seeds = stored_study("patience")[f"{steps}_steps"], patience.length_study(steps).seeds
+    assert stored["choices"]["config"]["max_steps"] == steps
+    assert stored["choices"]["machine"] == stored_study("comparison")["choices"]["machine"]
+    assert {(run["arm"], run["seed"]) for run in stored["runs"]} == {
+        (arm, seed) for arm in patience.ARMS_BY_STEPS for seed in seeds
+    }
 
 
 @pytest.mark.parametrize(("name", "module"), [("distilbert", distilbert), ("tinybert", tinybert)])
