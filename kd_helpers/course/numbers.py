@@ -31,7 +31,7 @@ SHARES = (
     *("accuracy", "macro_recall", "macro_f1", "fidelity", "language_accuracy", "validation"),
     *(f"labels_{count}_accuracy" for count in (50, 100, 500, 2500)),
     *("transfer_500_accuracy", "all_labels_500_accuracy", "all_transfer_500_accuracy"),
-    *("again_accuracy", "last_accuracy"),
+    "last_accuracy",
     *("coherent", "grammar", "names", "plot", "ending"),
     *("rationale_accuracy", "given_accuracy", "given_rationales"),
     *("old_accuracy", "new_accuracy"),
@@ -202,48 +202,49 @@ def _validation(rest: str) -> str:
 OTHERS["validation"] = _validation
 
 
-def _best_length(rest: str) -> str:
-    """The accuracy of an arm of chapter 07's lengths minus that of the baseline at its best length and epoch.
-
-    Args:
-        rest: `ARM, STEPS`; with `, interval` the 95% interval over the seeds.
-    """
+def _over_best_baseline(rest: str) -> str:
+    """What an arm of chapter 07's lengths gains in accuracy over the best baseline: `ARM, STEPS[, interval]`."""
     from kd_helpers.experiments import patience  # here, since it imports torch
 
     arm, steps, *interval = (part.strip() for part in rest.split(","))
     stored = _stored("patience")
-    values = (patience.by_steps(stored).loc[int(steps), arm] - patience.best_baseline(stored)).dropna()
-    return _as_written(mean_interval(values), share=True, difference=True, interval=bool(interval))
+    accuracy = patience.by_steps(stored)[arm][int(steps)]
+    return _points(accuracy - patience.best_baseline(stored)[accuracy.index], interval)
 
 
-OTHERS["best_length"] = _best_length
+OTHERS["over_best_baseline"] = _over_best_baseline
 
 
-def _longer(rest: str) -> str:
-    """What more steps add to the accuracy of an arm in chapter 07's lengths: `ARM, STEPS - FEWER[, interval]`."""
+def _more_steps(rest: str) -> str:
+    """What an arm of chapter 07's lengths gains in accuracy by more steps: `ARM, STEPS - FEWER[, interval]`."""
     from kd_helpers.experiments import patience  # here, since it imports torch
 
     arm, steps, *interval = (part.strip() for part in rest.split(","))
-    more, fewer = (int(part) for part in steps.split(" - "))
-    by_seed = patience.by_steps(_stored("patience"))[arm].unstack(level="steps")
-    gain = mean_interval((by_seed[more] - by_seed[fewer]).dropna())
-    return _as_written(gain, share=True, difference=True, interval=bool(interval))
+    accuracy = patience.by_steps(_stored("patience"))[arm]
+    more, fewer = (accuracy[int(part)] for part in steps.split(" - "))
+    return _points(more - fewer[more.index], interval)
 
 
-OTHERS["longer"] = _longer
+OTHERS["more_steps"] = _more_steps
 
 
-def _further_texts(rest: str) -> str:
-    """What so many further texts add to the accuracy of chapter 07's distilled student: `COUNT[, interval]`."""
+def _new_texts(rest: str) -> str:
+    """What texts that are new to the teacher add to its student's accuracy: `COUNT - FEWER[, interval]`."""
     from kd_helpers.experiments import patience  # here, since it imports torch
 
-    count, *interval = (part.strip() for part in rest.split(","))
-    table = patience.by_texts(_stored("patience"))
-    gain = mean_interval(table[int(count)] - table[0])
-    return _as_written(gain, share=True, difference=True, interval=bool(interval))
+    counts, *interval = (part.strip() for part in rest.split(","))
+    accuracy = patience.by_texts(_stored("patience"))
+    more, fewer = (accuracy[int(part)] for part in counts.split(" - "))
+    return _points(more - fewer, interval)
 
 
-OTHERS["further_texts"] = _further_texts
+OTHERS["new_texts"] = _new_texts
+
+
+def _points(differences: pd.Series, interval: list[str]) -> str:
+    if interval not in ([], ["interval"]):
+        raise ValueError(f"a marker of chapter 07 ends with {', '.join(interval)}; it may end with `interval` alone.")
+    return _as_written(mean_interval(differences), share=True, difference=True, interval=bool(interval))
 
 
 def _texts(rest: str) -> str:

@@ -96,10 +96,6 @@ def _distilbert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
     return build
 
 
-def _short(_stored: Mapping[str, Any]) -> Study:
-    return _module("patience").length_study(125)  # the other lengths differ in their number of steps alone
-
-
 def _made_task(task: str) -> Callable[[Mapping[str, Any]], Study]:
     def build(_stored: Mapping[str, Any]) -> Study:
         rationales = _module("rationales")
@@ -138,7 +134,7 @@ def _on_tweets(module: str, function: str) -> Callable[[Mapping[str, Any]], Stud
 ENTRIES: dict[str, Entry] = {
     "comparison": Entry(_comparison, "tuned_teacher"),
     "patience": Entry(_without_choices("patience", "texts_study"), "new_texts_2500"),
-    "patience.125_steps": Entry(_short, "best_epoch"),
+    "patience.125_steps": Entry(lambda _stored: _module("patience").length_study(125), "tuned_teacher"),
     "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: T = 12"),
     "distilbert": Entry(_distilbert("ARMS"), "packaged", ("nats", "labels_500_accuracy")),
     "distilbert.parts": Entry(_distilbert("PARTS"), "random_none", ("nats", "labels_500_accuracy")),

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "kd-helpers stud
         prog=prog,
         description="Make one of the course's studies and store it in the package, with what made it. Runs that are "
         "finished are found again, so the same command continues an interrupted study.",
-        epilog=f"Example: {prog} dark_knowledge. A study takes from half an hour to two hours on two cores; "
+        epilog=f"Example: {prog} dark_knowledge. A study takes from half an hour to some hours on two cores; "
         "the same command in a second terminal shares the work.",
     )
     parser.add_argument("study", choices=STUDIES, help="which one; the result goes to experiments/results/STUDY.json")

@@ -1,6 +1,6 @@
 """Studies: several arms, each run with several seeds, stored with their provenance and compared seed by seed.
 
-Every comparison of the course is a study: that of chapter 06 and those of chapters 10 to 15. A run that is finished is
+Every comparison of the course is a study: those of chapters 06 to 08 and 10 to 15. A run that is finished is
 found again, so an interrupted study continues where it stopped, and two processes that make the same study at the same
 time share its runs.
 """

@@ -61,7 +61,7 @@ def test_the_course_of_the_comparison_on_validation():
     )
 
 
-def test_gains_by_steps_and_by_further_texts():
+def test_gains_by_steps_and_by_new_texts():
     stored, comparison = stored_study("patience"), stored_comparison()
 
     def by_seed(runs, arm, measure="accuracy"):
@@ -78,15 +78,15 @@ def test_gains_by_steps_and_by_further_texts():
     short, long = (by_seed(runs_of[steps], "tuned_teacher") for steps in (250, 2000))
     lead = np.array([accuracy - max(on_validation[seed])[1] for seed, accuracy in short.items()])
     mean, interval = written(lead)
-    assert number("best_length: tuned_teacher, 250") == f"{mean} points"
-    assert number("best_length: tuned_teacher, 250, interval") == interval
+    assert number("over_best_baseline: tuned_teacher, 250") == f"{mean} points"
+    assert number("over_best_baseline: tuned_teacher, 250, interval") == interval
     mean, interval = written(np.array([long[seed] - short[seed] for seed in long]))
-    assert number("longer: tuned_teacher, 2000 - 250") == f"{mean} points"
-    assert number("longer: tuned_teacher, 2000 - 250, interval") == interval
+    assert number("more_steps: tuned_teacher, 2000 - 250") == f"{mean} points"
+    assert number("more_steps: tuned_teacher, 2000 - 250, interval") == interval
     more, none = by_seed(stored["runs"], "new_texts_7000"), by_seed(comparison["runs"], "tuned_teacher")
     mean, interval = written(np.array([more[seed] - none[seed] for seed in more]))
-    assert number("further_texts: 7000") == f"{mean} points"
-    assert number("further_texts: 7000, interval") == interval
+    assert number("new_texts: 7000 - 0") == f"{mean} points"
+    assert number("new_texts: 7000 - 0, interval") == interval
 
 
 def test_a_gain_over_texts():
@@ -138,13 +138,16 @@ def test_a_stale_number_is_written_anew():
         "sweep: nothing - baseline, test_accuracy",
         "validation: baseline 80, accuracy",
         "validation: nothing last, accuracy",
-        "best_length: nothing, 250",
-        "longer: tuned_teacher, 250 - 3",
-        "further_texts: 3",
+        "over_best_baseline: nothing, 250",
+        "more_steps: tuned_teacher, 250 - 3",
+        "new_texts: 3 - 0",
+        "new_texts: 7000 - 0, accuracy",
     ],
 )
 def test_a_marker_that_names_nothing_is_refused(spec):
-    with pytest.raises(ValueError, match=r"setting of the sweep|stored comparison has no|which does not exist"):
+    with pytest.raises(
+        ValueError, match=r"setting of the sweep|stored comparison has no|which does not exist|`interval` alone"
+    ):
         number(spec)
 
 

@@ -76,7 +76,7 @@ def test_every_study_and_part_that_names_its_code_has_an_entry():
         if isinstance(value, dict) and "made_with" in value
     }
     expected = {name for name, stored in named.items() if "source" in stored["made_with"]}  # since 0.5.0
-    # Chapter 07's lengths differ in their number of steps alone: the shortest stands for all.
+    # Of chapter 07's lengths the shortest stands for all: a longer run has the same code.
     assert ENTRIES.keys() == expected - {f"patience.{steps}_steps" for steps in patience.STEPS[1:]}
 
 

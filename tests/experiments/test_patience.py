@@ -56,7 +56,7 @@ def test_a_table_has_the_baseline_at_both_of_its_moments(no_comparison):
 
     no_comparison["runs"] = [*runs(1000), {"arm": "hard_labels", "seed": 0, "accuracy": 0.6}]
     table = patience.by_steps({f"{steps}_steps": {"runs": runs(steps)} for steps in patience.STEPS if steps != 1000})
-    assert list(table.columns) == ["baseline", "best_epoch", "tuned_teacher"]
+    assert list(table.columns) == ["best_epoch", "tuned_teacher", "baseline"]
     assert table["baseline"].tolist() == [steps / 10_000 for steps in patience.STEPS]
     assert table.loc[(125, 0), "best_epoch"] == 0.7
 
