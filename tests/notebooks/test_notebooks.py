@@ -136,6 +136,26 @@ def test_code_that_serves_is_folded(path, notebook):
         assert (cell.metadata.get("cellView") == "form") == folded, cell.source[:60]
 
 
+def names_set_by(code: str) -> set[str]:
+    """The notebook's own names to which a cell's statements assign; those within functions and the like are not."""
+    scopes = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    waiting, found = [ast.parse("\n".join(line for line in code.splitlines() if not line.startswith("%")))], set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        waiting += [child for child in ast.iter_child_nodes(node) if not isinstance(child, scopes)]
+    return found
+
+
+def test_no_cell_changes_a_parameter_once_they_were_checked(path, notebook):
+    """Or a reader who runs an earlier cell again gets another run than the parameters say."""
+    parameters = names_set_by(notebook.cells[5].source)
+    for cell in notebook.cells[7:]:  # the sixth checks them, and may fill in a number
+        if cell.cell_type == "code":
+            assert not names_set_by(cell.source) & parameters, cell.source[:60]
+
+
 def test_visible_code_is_short_and_narrow(path, notebook):
     for cell in code_cells(notebook):
         if not is_folded(cell):
