@@ -88,6 +88,8 @@ study: $(READY) ## make the studies of notebooks 07, 08 and 10 to 15 and of the 
 	$(BIN)/python -m kd_helpers study dark_knowledge
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study distilbert & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study distilbert && wait $$!
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study label_curve & \
+		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study label_curve && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study tinybert & \
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study tinybert && wait $$!
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study language_models & \

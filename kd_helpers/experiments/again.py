@@ -96,6 +96,12 @@ def _distilbert(arms: str) -> Callable[[Mapping[str, Any]], Study]:
     return build
 
 
+def _label_curve(_stored: Mapping[str, Any]) -> Study:
+    distilbert, curve = _module("distilbert"), _module("label_curve")
+    ground = distilbert.prepare(distilbert.CONFIG, adaptation_steps=distilbert.ADAPTATION_STEPS)
+    return curve.curve_study(ground, curve.chosen_language_rates())
+
+
 def _made_task(task: str) -> Callable[[Mapping[str, Any]], Study]:
     def build(_stored: Mapping[str, Any]) -> Study:
         rationales = _module("rationales")
@@ -138,6 +144,7 @@ ENTRIES: dict[str, Entry] = {
     "dark_knowledge": Entry(_without_choices("dark_knowledge", "dark_knowledge_study"), "30 units: T = 12"),
     "distilbert": Entry(_distilbert("ARMS"), "packaged", ("nats", "labels_500_accuracy")),
     "distilbert.parts": Entry(_distilbert("PARTS"), "random_none", ("nats", "labels_500_accuracy")),
+    "label_curve": Entry(_label_curve, "none", ("labels_50_accuracy", "labels_2500_accuracy")),
     "tinybert": Entry(_tinybert("ARMS"), "logits_augmented_600"),
     "tinybert.parts": Entry(_tinybert("PARTS"), "logits_train"),
     "language_models": Entry(_without_choices("language_models", "language_models_study"), "baseline", ("nats",)),

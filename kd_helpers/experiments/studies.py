@@ -15,7 +15,7 @@ from kd_helpers.experiments import RESULTS
 # Modules with a function `study`, whose result is stored by that name.
 STUDIES = (
     *("comparison", "patience", "dark_knowledge", "distilbert", "tinybert", "language_models", "rationales", "survey"),
-    *("deployment", "verdict_study", "settings"),
+    *("label_curve", "deployment", "verdict_study", "settings"),
 )
 
 

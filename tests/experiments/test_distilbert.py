@@ -7,8 +7,6 @@ import json
 import math
 
 import pytest
-import torch
-from transformers import BertConfig, BertModel
 
 from kd_helpers import artifacts
 from kd_helpers.config import DistillConfig
@@ -39,9 +37,7 @@ from kd_helpers.experiments.study import run_arm, run_study
 from kd_helpers.methods import distilbert as method
 from kd_helpers.methods.distilbert import Weights
 from kd_helpers.models import weights_digest
-from kd_helpers.resolve import resolve
 
-SHAPE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 4}
 SHORT = {
     name: task._replace(labels=min(task.labels, 24), steps=2 if task.steps == distilbert.TASK_STEPS else 4)
     for name, task in TASKS.items()
@@ -49,25 +45,11 @@ SHORT = {
 RATES = dict.fromkeys(ARMS | PARTS, Rates(5e-4, dict.fromkeys(TASKS, 1e-4)))
 
 
-@pytest.fixture(scope="module")
-def headless(tmp_path_factory, tokenizer) -> str:
-    """A pre-trained BERT without a language head, as the packaged one."""
-    folder = tmp_path_factory.mktemp("headless")
-    torch.manual_seed(0)
-    BertModel(BertConfig(**SHAPE)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def config(headless, small_data, splits, monkeypatch) -> DistillConfig:
-    """Of a teacher that is not fine-tuned, on few texts; tasks of a few steps."""
-    data = dataclasses.replace(small_data, transfer=splits.transfer)
-    monkeypatch.setattr(distilbert, "resolve", lambda config: resolve(config, data))
+def config(language_config, monkeypatch) -> DistillConfig:
+    """With tasks of a few steps."""
     monkeypatch.setattr(distilbert, "TASKS", SHORT)
-    return DistillConfig(
-        teacher_checkpoint=headless, teacher_epochs=0, max_length=24, precision="float32", device="cpu"
-    )
+    return language_config
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from kd_helpers.experiments import (
     dark_knowledge,
     deployment,
     distilbert,
+    label_curve,
     language_models,
     patience,
     rationales,
@@ -266,6 +267,7 @@ MODULES = {
     "patience": patience,
     "dark_knowledge": dark_knowledge,
     "distilbert": distilbert,
+    "label_curve": label_curve,
     "tinybert": tinybert,
     "language_models": language_models,
     "rationales": rationales,
@@ -279,6 +281,7 @@ SEEDS = {
     "patience": comparison.COMPARISON_SEEDS,
     "dark_knowledge": dark_knowledge.SEEDS,
     "distilbert": distilbert.SEEDS,
+    "label_curve": distilbert.SEEDS,
     "tinybert": tinybert.SEEDS,
     "language_models": language_models.SEEDS,
     "rationales": rationales.SEEDS["knowledge"],
@@ -310,6 +313,7 @@ def test_a_stored_study_has_the_arms_of_today(name):
     assert titles(stored) == {arm: described.title for arm, described in arms.items()}
     of_study = {
         "distilbert": "nats",
+        "label_curve": "labels_50_accuracy",
         "language_models": "nats",
         "deployment": "int8_accuracy",
         "verdict_study": "pays",
