@@ -75,9 +75,9 @@ results: $(READY) ## make the full comparison again: 14 arms, 5 seeds, two hours
 		OMP_NUM_THREADS=1 $(BIN)/python -m kd_helpers study comparison && wait $$!
 	$(BIN)/python -m kd_helpers course readme
 
-sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about three quarters of an hour; resumes where it stopped
+sweep: $(READY) ## sweep temperature × alpha × seed, 63 runs, about an hour; resumes where it stopped
 	$(BIN)/python -m kd_helpers sweep notebooks/05_distill_and_evaluate.ipynb --out artifacts/sweeps/temperature_and_alpha \
-		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 --jobs 2
+		-g temperature=1,2,4,8 -g alpha=0,0.3,0.5,0.7,0.9,1 -g seed=0,1,2 -p epochs 6 --jobs 2
 	$(BIN)/python -m kd_helpers course sweep
 
 study: $(READY) ## make the studies of notebooks 07, 08 and 10 to 15 and of the verdict again, fifteen hours; resumes where it stopped
