@@ -91,7 +91,7 @@ def best_baseline(stored: Mapping[str, Any]) -> pd.Series:
 
     seeds = sorted({run["seed"] for run in runs})
     best = {seed: max((run for run in runs if run["seed"] == seed), key=on_validation) for seed in seeds}
-    return pd.Series({seed: run["accuracy"] for seed, run in best.items()}, name="best_baseline")
+    return pd.Series({seed: run["accuracy"] for seed, run in best.items()})
 
 
 def by_texts(stored: Mapping[str, Any]) -> pd.DataFrame:
